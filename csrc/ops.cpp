@@ -1,0 +1,60 @@
+// Operator schemas, refusals of double backward, and the Python module (build information only).
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#ifndef HISTODD_CUDA_ARCHS
+#define HISTODD_CUDA_ARCHS ""
+#endif
+#ifndef HISTODD_CUDA_TOOLKIT
+#define HISTODD_CUDA_TOOLKIT ""
+#endif
+#ifndef HISTODD_VERSION
+#define HISTODD_VERSION ""
+#endif
+
+TORCH_LIBRARY(histodd, m) {
+  // Schemas have no defaults: the Python wrappers own those.
+  m.def("gradient_distance(Tensor[] real, Tensor[] synthetic, str kind, bool per_layer) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gradient_distance_backward(Tensor grad, Tensor[] real, Tensor[] synthetic, str kind, bool per_layer, "
+      "bool need_real, bool need_synthetic) -> (Tensor[], Tensor[])",
+      {at::Tag::pt2_compliant_tag});
+}
+
+// First-order derivatives come from Python (torch.library.register_autograd). The *_backward ops have none of their
+// own: without this registration a double backward would silently be zero, with it autograd raises.
+TORCH_LIBRARY_IMPL(histodd, Autograd, m) {
+  m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of histodd_bench; importing registers torch.ops.histodd.*";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["version"] = HISTODD_VERSION;
+    info["torch"] = TORCH_VERSION;
+#ifdef HISTODD_WITH_CUDA
+    info["cuda"] = true;
+#else
+    info["cuda"] = false;
+#endif
+    info["cuda_toolkit"] = HISTODD_CUDA_TOOLKIT;
+    info["cuda_archs"] = HISTODD_CUDA_ARCHS;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+    info["compiler"] = "gcc " __VERSION__;
+#else
+    info["compiler"] = "unknown";
+#endif
+#ifdef _OPENMP
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    return info;
+  });
+}

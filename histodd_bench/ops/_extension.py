@@ -1,0 +1,66 @@
+"""Finds the compiled operators (``histodd_bench/_C*.so``) and says why when there are none."""
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+REASON_FILE = Path(__file__).resolve().parents[1] / "_C_reason.txt"  # written by setup.py when it could not build
+
+_warned: set[str] = set()
+
+
+def _load() -> tuple[dict[str, object] | None, str]:
+    """Load the extension: its build information, or None and the reason."""
+    if os.environ.get("HISTODD_EXTENSION") == "0":
+        return None, "HISTODD_EXTENSION=0 is set"
+    try:
+        module = importlib.import_module("histodd_bench._C")
+    except ModuleNotFoundError as error:
+        if error.name != "histodd_bench._C":
+            return None, f"it could not be loaded ({error})"
+        reason = REASON_FILE.read_text().strip() if REASON_FILE.is_file() else "it was not built"
+        return None, reason
+    except ImportError as error:  # an undefined symbol: built against another torch
+        detail = " ".join(str(error).split())[:160]
+        return None, f"it was built against another torch and must be rebuilt ({detail})"
+    return module.build_info(), ""
+
+
+_INFO, _REASON = _load()
+
+
+def build_info() -> dict[str, object]:
+    """Facts about the loaded extension, empty when there is none.
+
+    Keys: ``version``, ``torch`` (version it was built against), ``cuda`` (bool), ``cuda_toolkit``, ``cuda_archs``,
+    ``compiler``, ``openmp`` (bool).
+    """
+    return dict(_INFO or {})
+
+
+def missing_reason() -> str:
+    """Why the compiled operators are not used, or an empty string when they are."""
+    return _REASON
+
+
+def use_compiled(device: torch.device) -> bool:
+    """Whether tensors on ``device`` have compiled operators; where they have not, warn once that references are used."""
+    kind = device.type
+    if kind in ("cpu", "meta"):
+        reason = _REASON
+    elif kind == "cuda":
+        reason = _REASON or ("" if _INFO and _INFO["cuda"] else "it was built for the CPU only")
+    else:
+        reason = _REASON or f"it has no operators for {kind}"
+    if reason and reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"histodd_bench uses its slower torch references on {kind}, not its compiled extension: {reason}. "
+            "To build it: pip install --no-build-isolation -e . (python -m histodd_bench doctor tells more)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return not reason

@@ -1,0 +1,130 @@
+"""Layer-wise distance between two lists of gradients (paper eq. 1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from histodd_bench.ops._extension import build_info, use_compiled
+
+KINDS = ("l1", "l2", "cosine")
+COSINE_EPS = 1e-6
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def gradient_distance_reference(
+    real: Sequence[Tensor], synthetic: Sequence[Tensor], kind: str = "l1", per_layer: bool = False
+) -> Tensor:
+    """Distance between gradients, in plain torch.
+
+    Args:
+        real, synthetic: equally long lists of floating-point tensors; pairs share shape, dtype and device.
+        kind: ``l1`` = sum |r - s|; ``l2`` = sum (r - s)^2; ``cosine`` = sum over output filters of 1 - cos (eps 1e-6).
+        per_layer: return one value per layer ``[L]`` instead of their sum (a scalar).
+
+    Returns:
+        Sums, never means, accumulated in float32 or better. Differentiable once in both lists.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if len(real) != len(synthetic):
+        raise ValueError(f"lists must have equal lengths, got {len(real)} and {len(synthetic)}")
+    values = []
+    for i, (r, s) in enumerate(zip(real, synthetic, strict=True)):
+        if r.shape != s.shape or r.dtype != s.dtype or r.device != s.device:
+            raise ValueError(
+                f"layer {i}: pairs share shape, dtype and device, got {tuple(r.shape)} {r.dtype} {r.device} "
+                f"and {tuple(s.shape)} {s.dtype} {s.device}"
+            )
+        if r.dtype not in FLOATING:
+            raise ValueError(f"layer {i}: gradients are float64, float32, float16 or bfloat16, got {r.dtype}")
+        if r.device != real[0].device:
+            raise ValueError(f"layer {i}: all gradients lie on one device, got {r.device} after {real[0].device}")
+        if r.dtype != torch.float64:
+            r, s = r.float(), s.float()
+        if kind == "l1":
+            values.append((r - s).abs().sum())
+        elif kind == "l2":
+            values.append((r - s).square().sum())
+        else:
+            rows = 0 if r.numel() == 0 else r.shape[0] if r.ndim > 1 else 1
+            r, s = r.reshape(rows, -1) if rows else r.reshape(0, 1), s.reshape(rows, -1) if rows else s.reshape(0, 1)
+            cosine = (r * s).sum(1) / (r.norm(dim=1) * s.norm(dim=1) + COSINE_EPS)
+            values.append((1 - cosine).sum())
+    if not values:
+        return torch.zeros(0 if per_layer else ())
+    layers = torch.stack([v if v.dtype == torch.float64 else v.float() for v in values])
+    return layers if per_layer else layers.sum()
+
+
+def gradient_distance(
+    real: Sequence[Tensor], synthetic: Sequence[Tensor], kind: str = "l1", per_layer: bool = False
+) -> Tensor:
+    """Layer-wise distance between two lists of gradients, all layers in one pass.
+
+    Args:
+        real, synthetic: equally long lists of float64, float32, float16 or bfloat16 tensors of any shape and layout.
+            Pairs share shape, dtype and device; layers may differ in shape and dtype but lie on one device.
+        kind: ``l1`` = sum |r - s| with derivative 0 at 0; ``l2`` = sum (r - s)^2; ``cosine`` = sum over output filters
+            (first dimension; tensors of fewer than two dimensions are one vector) of
+            ``1 - <r, s> / (|r| |s| + 1e-6)``. Empty tensors count 0.
+        per_layer: return one value per layer ``[L]`` instead of their sum (a scalar).
+
+    Returns:
+        Sums, never means: float64 if any layer is, else float32; the same bits for any number of threads.
+        Differentiable once in both lists: a list that needs no gradient gets none, and differentiating the derivative
+        raises. It composes with double backward through the network that made the gradients
+        (``torch.autograd.grad(..., create_graph=True)``), which is what gradient matching needs.
+
+    Raises:
+        ValueError: unknown ``kind``, or lists or pairs that do not match.
+    """
+    if len(real) and len(synthetic) and use_compiled(real[0].device):
+        return torch.ops.histodd.gradient_distance(list(real), list(synthetic), kind, per_layer)
+    return gradient_distance_reference(real, synthetic, kind, per_layer)
+
+
+def _fake(real: list[Tensor], synthetic: list[Tensor], kind: str, per_layer: bool) -> Tensor:
+    wide = any(r.dtype == torch.float64 for r in real)
+    return real[0].new_empty([len(real)] if per_layer else [], dtype=torch.float64 if wide else torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor,
+    real: list[Tensor],
+    synthetic: list[Tensor],
+    kind: str,
+    per_layer: bool,
+    need_real: bool,
+    need_synthetic: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    def like(tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+    return like(real) if need_real else [], like(synthetic) if need_synthetic else []
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    real, synthetic, ctx.kind, ctx.per_layer = inputs
+    ctx.layers = len(real)
+    ctx.save_for_backward(*real, *synthetic)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[Tensor | None], None, None]:
+    real, synthetic = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+    needs = ctx.needs_input_grad[:2]
+    grads = torch.ops.histodd.gradient_distance_backward(
+        grad, real, synthetic, ctx.kind, ctx.per_layer, any(needs[0]), any(needs[1])
+    )
+    kept = [
+        [g if need else None for g, need in zip(g_list or [None] * ctx.layers, need_list, strict=True)]
+        for g_list, need_list in zip(grads, needs, strict=True)
+    ]
+    return kept[0], kept[1], None, None
+
+
+if build_info():
+    torch.library.register_fake("histodd::gradient_distance", _fake)
+    torch.library.register_fake("histodd::gradient_distance_backward", _fake_backward)
+    torch.library.register_autograd("histodd::gradient_distance", _backward, setup_context=_setup_context)

@@ -1,0 +1,54 @@
+"""What every test shares: one torch thread, repeatable hypothesis examples, and where the real data lie."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+settings.register_profile("histodd", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+settings.load_profile("histodd")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums depend on the number of threads in their last bits; tests that study threads set their own."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real test data (never part of the repository): $HISTODD_SHARED or ../shared/data beside it."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("HISTODD_SHARED", default))
+    if not path.is_dir():
+        pytest.skip(f"real test data not found at {path} (set HISTODD_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, object]:
+    """Build information of the compiled operators; skips without them, fails where HISTODD_EXTENSION=1 demands them."""
+    from histodd_bench.ops._extension import build_info, missing_reason
+
+    if not build_info():
+        text = f"compiled operators: {missing_reason()}"
+        pytest.fail(text) if os.environ.get("HISTODD_EXTENSION") == "1" else pytest.skip(text)
+    return build_info()
+
+
+@pytest.fixture(scope="session")
+def read_rgb():
+    """Reads an image file as ``[3,H,W]`` uint8, transparency composited on white."""
+
+    def read(path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        rgb = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+        return torch.from_numpy(rgb.copy()).permute(2, 0, 1).contiguous()
+
+    return read
