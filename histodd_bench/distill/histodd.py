@@ -1,0 +1,273 @@
+"""Histo-DD: gradient matching with pre-trained networks, model augmentation and Siamese stain augmentation (Algorithm 1)."""
+
+import io
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
+from histodd_bench.baselines.random import stratified_draw
+from histodd_bench.data.patchset import PatchSet
+from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.files import write_bytes, write_text
+from histodd_bench.models import ModelPool
+from histodd_bench.ops import gradient_distance
+from histodd_bench.progress import Progress
+from histodd_bench.stain import Preprocessing, fit_affine
+
+VERSION = 1  # raised when the same fields would give other images
+
+
+@dataclass(frozen=True)
+class HistoDD:
+    """The distiller; its fields are its hyperparameters (paper symbols in brackets).
+
+    Attributes:
+        outer_steps: networks drawn from the pool, one after the other [K].
+        inner_steps: image and network updates per drawn network [U].
+        step: how a gradient becomes an image update. ``adaptive``: scale-free, see :class:`ImageStep`;
+            ``plain``: SGD with ``image_lr`` as it is (the paper's rule).
+        image_lr: learning rate of the images. ``plain``: the paper's 0.5 or 5e-3. ``adaptive``: root mean square change
+            of a pixel in one step without momentum, in intensities of [0, 1].
+        image_momentum: of the image update.
+        image_decay: lower the learning rate to 0 along a half cosine over all K U steps.
+        alpha: strength of the model augmentation (eq. 3), in filter norms.
+        network_lr, network_momentum, network_weight_decay: SGD that updates the drawn network on real minibatches.
+        real_batch: real patches per class and step; also the size of the network's minibatch.
+        synthetic_batch: at most this many of a class's synthetic patches per step.
+        augment: operations of the Siamese augmentation; one draw for every patch of both batches.
+        stain_probability: how often that draw normalises the stains, where ``augment`` names ``stain``.
+        distance: Dis of eq. 1.
+        match: parameters whose gradients are matched: ``weights`` of convolutions and linear layers, ``features``: the
+            same without the classifier (as the public code has it), or ``all`` (norms and biases too).
+        initial: synthetic patches start as ``real`` ones, drawn stratified over slides, or as ``noise``.
+    """
+
+    outer_steps: int = 20
+    inner_steps: int = 10
+    step: Literal["adaptive", "plain"] = "adaptive"
+    image_lr: float = 0.003
+    image_momentum: float = 0.5
+    image_decay: bool = True
+    alpha: float = 0.05
+    network_lr: float = 0.01
+    network_momentum: float = 0.9
+    network_weight_decay: float = 5e-4
+    real_batch: int = 64
+    synthetic_batch: int = 128
+    augment: tuple[str, ...] = OPERATIONS
+    stain_probability: float = 1.0
+    distance: Literal["l1", "l2", "cosine"] = "l1"
+    match: Literal["weights", "features", "all"] = "weights"
+    initial: Literal["real", "noise"] = "real"
+
+    def __post_init__(self) -> None:
+        for name in ("outer_steps", "inner_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"histodd.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("real_batch", "synthetic_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"histodd.{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_lr <= 0:
+            raise UsageError(f"histodd.image_lr must be above 0, got {self.image_lr}")
+        SiameseAugment(self.augment)  # refuses unknown names
+
+    def __call__(
+        self,
+        train: PatchSet,
+        ipc: int,
+        pool: ModelPool,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        workdir: Path,
+        progress: Progress,
+    ) -> PatchSet:
+        """Distil ``train`` into ``ipc`` float32 patches per class.
+
+        Continues from ``workdir/checkpoint.pt`` where an interrupted call left it, and then gives byte for byte what the
+        unbroken call gives. Leaves ``workdir/history.json``: per outer step the mean matching loss and the seconds.
+
+        Raises:
+            HistoddError: a class has fewer than ``ipc`` patches; the matching loss is no longer finite.
+        """
+        train.require(ipc)
+        run = _Run(self, train, ipc, pool, seed, torch.device(device), workdir)
+        networks = len(pool)
+        with progress.task(f"Histo-DD {ipc} per class, seed {seed}", self.outer_steps, run.outer_step) as task:
+            for _ in range(run.outer_step, self.outer_steps):
+                start, losses = time.perf_counter(), []
+                network = pool.load(int(torch.randint(networks, (1,), generator=run.generator))).train()
+                augment_model(network, self.alpha, run.generator)
+                optimizer = torch.optim.SGD(
+                    network.parameters(), self.network_lr, self.network_momentum, weight_decay=self.network_weight_decay
+                )
+                for _ in range(self.inner_steps):
+                    for label in range(train.num_classes):
+                        loss, gradient, rows = run.matching_loss(network, label)
+                        run.update_images(rows, gradient)
+                        losses.append(loss)
+                    run.update_network(network, optimizer)
+                mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
+                if losses and not math.isfinite(mean_loss):
+                    raise HistoddError(
+                        f"the matching loss became {mean_loss} in outer step {run.outer_step}: lower histodd.image_lr or alpha"
+                    )
+                run.finish_outer_step(mean_loss, time.perf_counter() - start)
+                task.advance(loss=mean_loss)
+        return run.result()
+
+
+class _Run:
+    """One distillation: the synthetic patches, what their updates remember, and the generator that draws everything."""
+
+    def __init__(
+        self, method: HistoDD, train: PatchSet, ipc: int, pool: ModelPool, seed: int, device: torch.device, workdir: Path
+    ) -> None:
+        self.method, self.train, self.device, self.workdir = method, train, device, workdir
+        self.preprocessing: Preprocessing = pool.preprocessing
+        self.augmentation = SiameseAugment(method.augment, stain_probability=method.stain_probability)
+        self.generator = Generator().manual_seed(seed)
+        self.fits = pool.fits() if self.augmentation.stains else None
+        self.by_class = [train.class_indices(label) for label in range(train.num_classes)]
+        chosen = stratified_draw(train, ipc, self.generator)
+        self.labels = train.labels[chosen].to(device)
+        self.images = train.float_batch(chosen, device)
+        if method.initial == "noise":
+            self.images = torch.rand(self.images.shape, generator=self.generator).to(device)
+        self.velocity = torch.zeros_like(self.images)
+        self.outer_step, self.image_steps, self.history = 0, 0, []  # type: ignore[var-annotated]
+        self._resume()
+
+    def matching_loss(self, network: nn.Module, label: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 1 for one class: the distance, its gradient with respect to the synthetic patches used, and their rows."""
+        method = self.method
+        members = self.by_class[label]
+        real = members[torch.randint(len(members), (method.real_batch,), generator=self.generator)]
+        rows = (self.labels == label).nonzero().flatten()
+        if len(rows) > method.synthetic_batch:
+            rows = rows[torch.randperm(len(rows), generator=self.generator)[: method.synthetic_batch].to(rows.device)]
+        draw = self.augmentation.draw(self.generator)
+        parameters = matched_parameters(network, method.match)
+
+        loss = F.cross_entropy(network(self._view_real(real, draw)), self._labels(label, len(real)))
+        real_gradients = [g.detach() for g in torch.autograd.grad(loss, parameters)]
+
+        images = self.images[rows].requires_grad_(True)
+        loss = F.cross_entropy(network(self._view_synthetic(images, draw)), self._labels(label, len(rows)))
+        synthetic_gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+
+        distance = gradient_distance(real_gradients, synthetic_gradients, method.distance)
+        (gradient,) = torch.autograd.grad(distance, images)
+        return distance.detach(), gradient, rows
+
+    def update_images(self, rows: Tensor, gradient: Tensor) -> None:
+        """One step of a class's images, clamped to [0, 1]."""
+        method = self.method
+        rate = method.image_lr
+        if method.image_decay:
+            total = method.outer_steps * method.inner_steps * self.train.num_classes
+            rate *= 0.5 * (1 + math.cos(math.pi * self.image_steps / total))
+        self.image_steps += 1
+        if method.step == "adaptive":
+            gradient = gradient / (gradient.square().mean().sqrt() + 1e-20)
+        velocity = method.image_momentum * self.velocity[rows] + gradient
+        self.velocity[rows] = velocity
+        self.images[rows] = (self.images[rows] - rate * velocity).clamp_(0, 1)
+
+    def update_network(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """One SGD step of the drawn network on a real minibatch of all classes, with one augmentation draw per patch."""
+        indices = torch.randint(len(self.train), (self.method.real_batch,), generator=self.generator)
+        x = self._view_real(indices, self.augmentation.draw(self.generator, len(indices)))
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(network(x), self.train.labels[indices].to(self.device)).backward()
+        optimizer.step()
+
+    def _labels(self, label: int, n: int) -> Tensor:
+        return torch.full((n,), label, device=self.device)
+
+    def _view_real(self, indices: Tensor, draw: Draw) -> Tensor:
+        images = self.train.images[indices].to(self.device)
+        warp = None if draw.warp is None else draw.warp.to(self.device).expand(len(indices), 2, 3)
+        if self.fits is None or not bool(draw.stain.any()):
+            return self.preprocessing(images, warp=warp)
+        return self.preprocessing(images, warp=warp, stain=self.fits[0][indices], valid=self.fits[1][indices] & draw.stain)
+
+    def _view_synthetic(self, images: Tensor, draw: Draw) -> Tensor:
+        warp = None if draw.warp is None else draw.warp.to(self.device).expand(len(images), 2, 3)
+        if not bool(draw.stain.any()):
+            return self.preprocessing(images, warp=warp)
+        stain, valid = fit_affine(images, self.preprocessing.template)  # refitted at every step, detached
+        return self.preprocessing(images, warp=warp, stain=stain, valid=valid)
+
+    def finish_outer_step(self, loss: float, seconds: float) -> None:
+        """Count the step and save everything that the next one depends on."""
+        self.outer_step += 1
+        self.history.append({"outer_step": self.outer_step, "loss": loss, "seconds": seconds})
+        state = {
+            "version": VERSION,
+            "images": self.images.cpu(),
+            "velocity": self.velocity.cpu(),
+            "generator": self.generator.get_state(),
+            "outer_step": self.outer_step,
+            "image_steps": self.image_steps,
+            "history": self.history,
+        }
+        buffer = io.BytesIO()  # not a file: torch.save puts its name into the archive
+        torch.save(state, buffer)
+        write_bytes(self.workdir / "checkpoint.pt", buffer.getvalue())
+        write_text(self.workdir / "history.json", json.dumps(self.history, indent=1))
+
+    def _resume(self) -> None:
+        path = self.workdir / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a different type for every kind of damage
+            raise HistoddError(f"{path} is damaged ({type(error).__name__}): delete it to distil this set afresh") from error
+        if state.get("version") != VERSION or state["images"].shape != self.images.shape:
+            raise HistoddError(f"{path} was written by another version or for another set: delete it to distil afresh")
+        self.images, self.velocity = state["images"].to(self.device), state["velocity"].to(self.device)
+        self.generator.set_state(state["generator"])
+        self.outer_step, self.image_steps, self.history = state["outer_step"], state["image_steps"], state["history"]
+
+    def result(self) -> PatchSet:
+        """The synthetic patches: float32 on the CPU, every one its own group."""
+        n = len(self.labels)
+        names = tuple(f"synthetic-{i}" for i in range(n))
+        return PatchSet(self.images.cpu(), self.labels.cpu(), torch.arange(n), names, self.train.classes)
+
+
+@torch.no_grad()
+def augment_model(network: nn.Module, alpha: float, generator: Generator) -> None:
+    """Model augmentation (eq. 2 and 3): add ``alpha`` times filter-normalised Gaussian noise to a network, in place.
+
+    Every filter (row of a convolution or linear weight) moves by exactly ``alpha`` times its own Frobenius norm. Norms
+    and biases are not perturbed.
+    """
+    for weight in matched_parameters(network, "weights"):
+        direction = torch.randn(weight.shape, generator=generator).to(weight.device)
+        rows, flat = direction.flatten(1), weight.flatten(1)
+        rows = rows * (flat.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-20))[:, None]
+        weight.add_(rows.view_as(weight), alpha=alpha)
+
+
+def matched_parameters(network: nn.Module, match: str) -> list[Tensor]:
+    """Parameters whose gradients are matched, in network order: see the field ``match`` of :class:`HistoDD`."""
+    if match == "all":
+        return list(network.parameters())
+    chosen: list[Tensor] = []
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            chosen.append(module.in_proj_weight)
+        elif isinstance(module, nn.Conv2d | nn.Linear) and not (match == "features" and module is network.classifier):
+            chosen.append(module.weight)
+    return chosen

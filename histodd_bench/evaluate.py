@@ -1,0 +1,142 @@
+"""Train a network on a set of patches from scratch, score it on the test set (design section 7), and weigh the set."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from histodd_bench.data.patchset import PatchSet
+from histodd_bench.models import build
+from histodd_bench.stain import Preprocessing
+from histodd_bench.training import Trainer, TrainRecipe, predict
+
+_STORAGE_SAMPLE = 2000  # patches encoded to estimate the size of a larger set
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one training on a set gave on the test set.
+
+    Attributes:
+        probabilities: ``[N,C]`` float32, of every test patch, after the last epoch.
+        metrics: ``accuracy``, ``balanced_accuracy``, ``auc`` (macro, one against rest) as fractions (NaN where the test
+            set cannot define them), ``epoch_seconds`` (median after the first epoch), ``train_seconds``, ``epochs``,
+            ``steps``, ``final_loss``.
+    """
+
+    probabilities: Tensor
+    metrics: dict[str, float]
+
+
+def evaluate(
+    patches: PatchSet,
+    test: PatchSet,
+    *,
+    arch: str,
+    width: int | None,
+    recipe: TrainRecipe,
+    preprocessing: Preprocessing,
+    seed: int,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[int, int, float], None] | None = None,
+) -> Evaluation:
+    """Train ``arch`` on ``patches`` from the initialisation of ``seed`` and score the last epoch on ``test``.
+
+    Args:
+        patches: real or synthetic; the same classes and patch size as ``test``.
+        preprocessing: of the full training set, the same for every method.
+        on_epoch: called after every epoch with (steps done, steps in all, mean loss).
+    """
+    model = build(
+        arch, num_classes=test.num_classes, image_size=test.image_size[0], width=width, generator_seed=seed
+    ).to(device)
+    trainer = Trainer(model, patches, recipe, preprocessing, seed=seed, device=device)
+    loss = float("nan")
+    while not trainer.done:
+        loss = trainer.run_epoch()
+        if on_epoch:
+            on_epoch(trainer.step, trainer.total_steps, loss)
+    logits = predict(model, test, preprocessing, stain=recipe.stain_test, device=device)
+    probabilities = logits.softmax(1)
+    seconds = trainer.epoch_seconds[1:] or trainer.epoch_seconds
+    return Evaluation(
+        probabilities,
+        compute_metrics(probabilities, test.labels)
+        | {
+            "epoch_seconds": median(seconds) if seconds else float("nan"),
+            "train_seconds": sum(trainer.epoch_seconds),
+            "epochs": trainer.epoch,
+            "steps": trainer.step,
+            "final_loss": loss,
+        },
+    )
+
+
+def compute_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, balanced accuracy and macro AUC (one against rest), as fractions.
+
+    Args:
+        probabilities: ``[N,C]``, rows sum to 1.
+        labels: ``[N]`` int64.
+
+    Classes without test patches are left out of balanced accuracy; classes without positives or negatives out of AUC.
+    """
+    truth, predicted = labels.numpy(), probabilities.argmax(1).numpy()
+    nan = float("nan")
+    if len(truth) == 0:
+        return {"accuracy": nan, "balanced_accuracy": nan, "auc": nan}
+    present = np.unique(truth)
+    recalls = [float((predicted[truth == c] == c).mean()) for c in present]
+    areas = []
+    for c in present:
+        positive = truth == c
+        if positive.all():
+            continue
+        ranks = _average_ranks(probabilities[:, c].double().numpy())
+        n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+        areas.append((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    return {
+        "accuracy": float((predicted == truth).mean()),
+        "balanced_accuracy": float(np.mean(recalls)),
+        "auc": float(np.mean(areas)) if areas else nan,
+    }
+
+
+def _average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties averaged."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum()
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def storage(patches: PatchSet) -> dict[str, object]:
+    """What a set weighs: count, shape, raw uint8 bytes, and bytes on disk with one lossless codec (PNG) incl. labels.
+
+    Labels count one int64 each. Sets above 2,000 patches are estimated from 2,000 evenly spaced ones (``estimated``).
+    """
+    n = len(patches)
+    sample = torch.arange(n) if n <= _STORAGE_SAMPLE else torch.linspace(0, n - 1, _STORAGE_SAMPLE).long()
+    encoded = 0
+    for index in sample.split(256):
+        for image in to_uint8(patches.images[index]):
+            buffer = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+            encoded += buffer.tell()
+    disk = round(encoded * n / max(len(sample), 1)) + 8 * n
+    return {
+        "count": n,
+        "shape": list(patches.images.shape[1:]),
+        "raw_uint8_bytes": patches.images[:1].numel() * n,
+        "disk_bytes": disk,
+        "estimated": n > _STORAGE_SAMPLE,
+    }
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float patches in [0, 1] as rounded uint8; uint8 patches unchanged."""
+    return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,105 @@
+"""Writing files so that nothing half-written ever looks finished: temporary name, fsync, rename."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from histodd_bench.errors import HistoddError
+
+PARTIAL = ".partial"  # suffix of what is being written; such files and folders are never read
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, read-only, no permission) into one clear line. Wrap writes only."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise HistoddError(
+            f"cannot write {path}: {reason}: free some space or choose another folder with --out"
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that ``path`` holds either what it held before or all of ``data``."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values, equal text. NaN and infinities are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder``; on leaving without an error it is synced and takes that name."""
+    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + ".old" + PARTIAL)
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for path in [p for p in partial.rglob("*") if p.is_file()]:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            if folder.exists():
+                os.rename(folder, old)
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if old.exists():
+                    os.rename(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Make ``out``, check that it can be written, and hold it against a second run. Released when the process dies."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HistoddError(
+                f"another run is writing in {out}: wait for it or choose another folder with --out"
+            ) from None
+        except OSError:
+            pass  # file systems without locks: the renames still keep every file whole
+        yield

@@ -1,0 +1,142 @@
+"""Macenko stain normalisation: from a batched fit to one optical-density affine per patch, and the template (paper 3.1)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from histodd_bench.data.patchset import PatchSet
+from histodd_bench.ops import macenko_fit, stain_augment
+from histodd_bench.ops.macenko_fit import OK, STATUS_NAMES, pinv
+
+REFERENCE_STAIN = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))  # Macenko et al. 2009, columns H and E
+REFERENCE_MAX_CONCENTRATION = (1.9705, 1.0308)
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class StainTemplate:
+    """What patches are normalised to: a stain matrix (3 rows of haematoxylin, eosin) and maximum concentrations."""
+
+    stain_matrix: tuple[tuple[float, float], ...] = REFERENCE_STAIN
+    max_concentration: tuple[float, float] = REFERENCE_MAX_CONCENTRATION
+
+    def affine(self, stain_matrix: Tensor, max_concentration: Tensor) -> Tensor:
+        """``[A|b]`` ``[N,3,4]`` that moves patches with these fits (``[N,3,2]``, ``[N,2]``) onto the template."""
+        target = stain_matrix.new_tensor(self.stain_matrix)
+        ratio = stain_matrix.new_tensor(self.max_concentration) / max_concentration.clamp(min=1e-6)
+        matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
+        return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
+
+
+def fit_affine(images: Tensor, template: StainTemplate) -> tuple[Tensor, Tensor]:
+    """Detached Macenko fit of a batch: ``[A|b]`` ``[N,3,4]`` float onto the template and ``valid [N]`` bool.
+
+    Args:
+        images: ``[N,3,H,W]`` uint8 or float in [0, 1].
+        template: what to normalise to.
+    """
+    stain_matrix, max_concentration, status = macenko_fit(images.detach())
+    return template.affine(stain_matrix, max_concentration), status == OK
+
+
+def fit_set(patches: PatchSet, template: StainTemplate) -> tuple[Tensor, Tensor]:
+    """:func:`fit_affine` of a whole set, in chunks, on the CPU: ``[N,3,4]`` float32 and ``[N]`` bool."""
+    parts = [fit_affine(patches.images[i : i + _CHUNK], template) for i in range(0, len(patches), _CHUNK)]
+    if not parts:
+        return torch.zeros(0, 3, 4), torch.zeros(0, dtype=torch.bool)
+    return torch.cat([p[0] for p in parts]).float(), torch.cat([p[1] for p in parts])
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Channel statistics and stain template of a training set; every network sees patches through them.
+
+    Attributes:
+        mean, std: per channel, of all training pixels, on the [0, 1] scale.
+        template: fit of the training patch whose mean and standard deviation are closest to the set's (paper 3.1).
+        template_index: which training patch that was; -1 when no patch could be fitted (reference constants).
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    template: StainTemplate = StainTemplate()
+    template_index: int = -1
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean), torch.tensor(self.std)
+
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        warp: Tensor | None = None,
+        stain: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Patches as a network sees them: warp, stain affine where ``valid``, channel normalisation. ``[N,3,H,W]`` float32."""
+        mean, std = (t.to(images.device) for t in self._tensors)
+        if stain is not None:
+            assert valid is not None
+            stain, valid = stain.to(images.device), valid.to(images.device)
+        return stain_augment(images, stain, warp, mean, std, valid=valid)
+
+
+def describe(train: PatchSet) -> Preprocessing:
+    """Channel statistics and template of a training set, in one streaming pass over its pixels.
+
+    Distances are Euclidean over the three channel means and three channel standard deviations. Candidates are tried
+    from the closest on, until the Macenko fit of one is valid.
+    """
+    sums, squares = [], []
+    for start in range(0, len(train), _CHUNK):
+        x = train.float_batch(slice(start, start + _CHUNK)).double().flatten(2)
+        sums.append(x.mean(2))
+        squares.append(x.square().mean(2))
+    first, second = torch.cat(sums), torch.cat(squares)
+    mean = first.mean(0)
+    std = (second.mean(0) - mean.square()).clamp(min=1e-12).sqrt()
+    patch_std = (second - first.square()).clamp(min=0).sqrt()
+    distance = (torch.cat([first, patch_std], 1) - torch.cat([mean, std])).square().sum(1)
+    channel_mean, channel_std = tuple(mean.tolist()), tuple(std.clamp(min=1e-3).tolist())
+    order = distance.argsort(stable=True)[:256]
+    stain_matrix, max_concentration, status = macenko_fit(train.images[order])
+    for rank in (status == OK).nonzero().flatten()[:1].tolist():
+        template = StainTemplate(
+            tuple((float(h), float(e)) for h, e in stain_matrix[rank]),
+            (float(max_concentration[rank, 0]), float(max_concentration[rank, 1])),
+        )
+        return Preprocessing(channel_mean, channel_std, template, int(order[rank]))  # type: ignore[arg-type]
+    return Preprocessing(channel_mean, channel_std)  # type: ignore[arg-type]
+
+
+class MacenkoNormalizer:
+    """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched and differentiable.
+
+    Args:
+        template: normalise to this instead of calling :meth:`fit`; the Macenko reference by default.
+    """
+
+    def __init__(self, template: StainTemplate | None = None) -> None:
+        self.template = template or StainTemplate()
+
+    def fit(self, target: Tensor) -> "MacenkoNormalizer":
+        """Take the stains of one target image (``[3,H,W]`` or ``[1,3,H,W]``, uint8 or float in [0, 1]).
+
+        Raises:
+            ValueError: the target's stains cannot be fitted (blank, one stain only, wrong scale).
+        """
+        target = target if target.ndim == 4 else target[None]
+        stain_matrix, max_concentration, status = macenko_fit(target)
+        if int(status[0]) != OK:
+            raise ValueError(f"the target image cannot be fitted: {STATUS_NAMES[int(status[0])]}")
+        rows = stain_matrix[0].tolist()
+        self.template = StainTemplate(tuple((r[0], r[1]) for r in rows), tuple(max_concentration[0].tolist()))  # type: ignore[arg-type]
+        return self
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """``[N,3,H,W]`` uint8 or float -> float in [0, 1]; patches that cannot be fitted come back as they are."""
+        affine, valid = fit_affine(images, self.template)
+        return stain_augment(images, affine, valid=valid)

@@ -1,0 +1,73 @@
+"""Siamese draws: ranges, sharing, order of the operations, and independence of the switches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histodd_bench.augment import OPERATIONS, SiameseAugment
+from histodd_bench.errors import UsageError
+from histodd_bench.ops import stain_augment
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 5))
+def test_warps_are_a_flip_a_rotation_and_a_scale_within_range(seed: int, n: int) -> None:
+    draw = SiameseAugment().draw(generator(seed), n)
+    assert draw.warp is not None and draw.warp.shape == (n, 2, 3) and draw.stain.shape == (n,)
+    assert (draw.warp[:, :, 2] == 0).all()
+    scales = torch.linalg.svdvals(draw.warp[:, :, :2])
+    assert (scales <= 1.2 + 1e-5).all() and (scales >= 1 / 1.2 - 1e-5).all()
+
+
+def test_every_operation_alone() -> None:
+    g = generator(3)
+    rotate = torch.cat([SiameseAugment(("rotate",)).draw(g).warp for _ in range(200)])[:, :, :2]
+    torch.testing.assert_close(rotate @ rotate.mT, torch.eye(2).expand(200, 2, 2))
+    angles = torch.atan2(rotate[:, 1, 0], rotate[:, 0, 0]) * 180 / math.pi
+    assert 12 < angles.max() <= 15 and -15 <= angles.min() < -12
+
+    scale = torch.cat([SiameseAugment(("scale",)).draw(g).warp for _ in range(200)])[:, :, :2]
+    assert (scale[:, 0, 1] == 0).all() and (scale[:, 1, 0] == 0).all()
+    factors = 1 / torch.stack([scale[:, 0, 0], scale[:, 1, 1]])
+    assert factors.min() >= 1 / 1.2 - 1e-6 and factors.max() <= 1.2 + 1e-6 and (factors[0] != factors[1]).all()
+
+    flip = torch.cat([SiameseAugment(("flip",)).draw(g).warp for _ in range(400)])[:, 0, 0]
+    assert 150 < int((flip == -1).sum()) < 250
+
+    stain = torch.cat([SiameseAugment(("stain",), stain_probability=0.25).draw(g).stain for _ in range(400)])
+    assert 60 < int(stain.sum()) < 140
+    assert SiameseAugment(("stain",)).draw(g).warp is None
+
+
+def test_switching_one_operation_off_leaves_the_others_draws_alone() -> None:
+    full = SiameseAugment().draw(generator(9), 4)
+    without_stain = SiameseAugment(("flip", "rotate", "scale")).draw(generator(9), 4)
+    assert full.warp is not None and without_stain.warp is not None
+    assert torch.equal(full.warp, without_stain.warp) and not without_stain.stain.any()
+
+
+def test_no_operations_draw_nothing_but_consume_the_same_numbers() -> None:
+    a, b = generator(4), generator(4)
+    nothing = SiameseAugment(()).draw(a, 3)
+    SiameseAugment().draw(b, 3)
+    assert nothing.warp is None and not nothing.stain.any()
+    assert torch.equal(a.get_state(), b.get_state())
+
+
+def test_a_flip_mirrors_left_and_right() -> None:
+    image = torch.rand(1, 3, 4, 4, generator=generator())
+    draws = (SiameseAugment(("flip",)).draw(generator(s)) for s in range(20))
+    mirror = next(d for d in draws if d.warp is not None and d.warp[0, 0, 0] < 0)
+    torch.testing.assert_close(stain_augment(image, warp=mirror.warp), image.flip(3), rtol=0, atol=1e-6)
+
+
+def test_unknown_operation_is_refused() -> None:
+    with pytest.raises(UsageError, match="shear"):
+        SiameseAugment(("shear",))
+    assert set(OPERATIONS) == {"stain", "flip", "rotate", "scale"}

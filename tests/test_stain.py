@@ -1,0 +1,98 @@
+"""Template choice, statistics and the fit / normalise pair."""
+
+import pytest
+import torch
+from small_sets import render, stained, two_classes
+
+from histodd_bench.data.patchset import PatchSet
+from histodd_bench.ops import macenko_fit
+from histodd_bench.stain import MacenkoNormalizer, Preprocessing, StainTemplate, describe, fit_affine, fit_set
+
+
+def test_normalised_patches_have_the_stains_of_the_template() -> None:
+    skewed = torch.tensor([[0.65, 0.10], [0.70, 0.95], [0.29, 0.30]])
+    skewed = skewed / skewed.norm(dim=0)
+    g = torch.Generator().manual_seed(1)
+    patches = render(1.2 * torch.rand(4, 48, 48, generator=g), 0.9 * torch.rand(4, 48, 48, generator=g), skewed)
+    template = StainTemplate()
+    affine, valid = fit_affine(patches, template)
+    assert valid.all()
+    moved = MacenkoNormalizer(template).normalize(patches)
+    stain_matrix, max_concentration, status = macenko_fit(moved)
+    assert (status == 0).all()
+    # Refitting thresholds and percentiles see slightly other pixels, so the match is close, not exact.
+    assert (stain_matrix - torch.tensor(template.stain_matrix)).abs().max() < 0.03
+    assert (max_concentration / torch.tensor(template.max_concentration) - 1).abs().max() < 0.05
+
+
+def test_a_patch_normalised_to_itself_moves_by_the_missing_one_only() -> None:
+    patches = stained(1, 64)
+    normalizer = MacenkoNormalizer().fit(patches[0])
+    moved = normalizer.normalize(patches)
+    # The inverse has no -1 (design section 5): io exp(-od) = I + 1 for pixels in the plane of the two stains.
+    assert ((moved * 255) - (patches.float() + 1)).abs().max() < 0.05 * 255
+    assert ((moved * 255) - (patches.float() + 1)).abs().median() < 1.5
+
+
+def test_blank_patches_come_back_as_they_are_and_leave_neighbours_alone() -> None:
+    patches = stained(3, 32)
+    patches[1] = 250
+    together = MacenkoNormalizer().normalize(patches)
+    assert torch.equal(together[1], patches[1].float() / 255)
+    alone = MacenkoNormalizer().normalize(patches[:1])
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_a_blank_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="too little tissue"):
+        MacenkoNormalizer().fit(torch.full((3, 32, 32), 255, dtype=torch.uint8))
+
+
+def test_gradient_flows_through_normalisation_to_the_image_only_along_the_affine() -> None:
+    image = (stained(2, 8).double() / 255).requires_grad_(True)
+    affine, valid = fit_affine(image, StainTemplate())
+    assert not affine.requires_grad
+    from histodd_bench.ops import stain_augment
+
+    stain_augment(image, affine, valid=valid).sum().backward()
+    assert image.grad is not None and (image.grad != 0).any()
+
+
+def test_statistics_are_those_of_all_pixels_and_the_template_is_the_closest_patch() -> None:
+    patches = two_classes(per_class=30, size=16)
+    described = describe(patches)
+    x = patches.images.double() / 255
+    torch.testing.assert_close(torch.tensor(described.mean, dtype=torch.float64), x.mean((0, 2, 3)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(described.std, dtype=torch.float64), x.transpose(0, 1).flatten(1).std(1, unbiased=False), rtol=1e-5, atol=0
+    )
+    own = torch.cat([x.mean((2, 3)), x.flatten(2).std(2, unbiased=False)], 1)
+    whole = torch.cat([x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).std(1, unbiased=False)])
+    distance = (own - whole).norm(dim=1)
+    status = macenko_fit(patches.images)[2]
+    closest = min((d.item(), i) for i, d in enumerate(distance) if status[i] == 0)[1]
+    assert described.template_index == closest
+
+
+def test_a_set_without_tissue_falls_back_to_the_reference_template() -> None:
+    blank = PatchSet(
+        torch.full((4, 3, 8, 8), 250, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.int64), ("s",), ("a", "b")
+    )
+    described = describe(blank)
+    assert described.template == StainTemplate() and described.template_index == -1
+    assert min(described.std) > 0
+
+
+def test_fitting_a_set_in_chunks_equals_fitting_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches = two_classes(per_class=20)
+    whole = fit_set(patches, StainTemplate())
+    monkeypatch.setattr("histodd_bench.stain._CHUNK", 7)
+    chunked = fit_set(patches, StainTemplate())
+    torch.testing.assert_close(whole[0], chunked[0])
+    assert torch.equal(whole[1], chunked[1])
+
+
+def test_preprocessing_normalises_channels() -> None:
+    described = Preprocessing((0.5, 0.25, 0.75), (0.5, 0.25, 0.125))
+    out = described(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
+    torch.testing.assert_close(out.flatten(), torch.tensor([1.0, -1.0, -6.0]))
