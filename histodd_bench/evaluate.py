@@ -1,8 +1,10 @@
 """Train a network on a set of patches from scratch, score it on the test set (design section 7), and weigh the set."""
 
 import io
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -11,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from histodd_bench.data.patchset import PatchSet
+from histodd_bench.files import read_state, save_state
 from histodd_bench.models import build
 from histodd_bench.stain import Preprocessing
 from histodd_bench.training import Trainer, TrainRecipe, predict
 
+_CHECKPOINT_SECONDS = 20.0  # a training shorter than this is simply done again
 _STORAGE_SAMPLE = 2000  # patches encoded to estimate the size of a larger set
 
 
@@ -44,6 +48,7 @@ def evaluate(
     seed: int,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, int, float], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> Evaluation:
     """Train ``arch`` on ``patches`` from the initialisation of ``seed`` and score the last epoch on ``test``.
 
@@ -51,19 +56,28 @@ def evaluate(
         patches: real or synthetic; the same classes and patch size as ``test``.
         preprocessing: of the full training set, the same for every method.
         on_epoch: called after every epoch with (steps done, steps in all, mean loss).
+        checkpoint: a file that keeps the state of a long training; an interrupted one continues from it to the same
+            result. Removed at the end.
     """
     model = build(
         arch, num_classes=test.num_classes, image_size=test.image_size[0], width=width, generator_seed=seed
     ).to(device)
     trainer = Trainer(model, patches, recipe, preprocessing, seed=seed, device=device)
-    loss = float("nan")
+    loss, saved = float("nan"), time.monotonic()
+    if checkpoint is not None and checkpoint.exists():
+        trainer.load_state_dict(read_state(checkpoint))
     while not trainer.done:
         loss = trainer.run_epoch()
         if on_epoch:
             on_epoch(trainer.step, trainer.total_steps, loss)
+        if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS and not trainer.done:
+            save_state(checkpoint, trainer.state_dict())
+            saved = time.monotonic()
     logits = predict(model, test, preprocessing, stain=recipe.stain_test, device=device)
     probabilities = logits.softmax(1)
     seconds = trainer.epoch_seconds[1:] or trainer.epoch_seconds
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return Evaluation(
         probabilities,
         compute_metrics(probabilities, test.labels)

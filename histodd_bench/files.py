@@ -2,10 +2,11 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,32 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """:func:`write_bytes` of UTF-8 text."""
     write_bytes(path, text.encode())
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """:func:`write_bytes` of tensors, numbers, strings, lists and dicts of them, as ``torch.save`` puts them."""
+    import torch
+
+    buffer = io.BytesIO()  # not a file: torch.save puts its name into the archive
+    torch.save(dict(state), buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What :func:`save_state` wrote, on the CPU. Nothing is unpickled.
+
+    Raises:
+        HistoddError: the file is damaged.
+    """
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for every kind of damage
+        raise HistoddError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and it will be made again"
+        ) from error
+    return state
 
 
 def canonical(value: Any) -> str:

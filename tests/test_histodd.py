@@ -179,3 +179,29 @@ def test_too_few_patches_name_the_class(pool: ModelPool, tmp_path: Path) -> None
 def test_impossible_fields_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         dataclasses.replace(TINY, **bad)
+
+
+def test_the_adaptive_step_does_not_know_the_size_of_the_gradients(pool: ModelPool, tmp_path: Path) -> None:
+    """Scaling every gradient by a constant leaves the images alone; under the plain rule it is a learning rate."""
+
+    def final(step: str, factor: float) -> torch.Tensor:
+        run = histodd._Run(dataclasses.replace(TINY, step=step), pool.train, 2, pool, 0, torch.device("cpu"), tmp_path)  # type: ignore[arg-type]
+        g = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for label in range(2):
+                rows = (run.labels == label).nonzero().flatten()
+                run.update_images(rows, factor * torch.randn(run.images[rows].shape, generator=g))
+        return run.images
+
+    torch.testing.assert_close(final("adaptive", 1e-3), final("adaptive", 1e3))
+    assert (final("plain", 1.0) - final("plain", 0.1)).abs().max() > 1e-3
+
+
+def test_the_first_adaptive_step_has_the_size_of_its_learning_rate(pool: ModelPool, tmp_path: Path) -> None:
+    method = dataclasses.replace(TINY, image_lr=0.01, image_decay=False)
+    run = histodd._Run(method, pool.train, 2, pool, 0, torch.device("cpu"), tmp_path)
+    run.images.fill_(0.5)
+    rows = (run.labels == 0).nonzero().flatten()
+    run.update_images(rows, 37 * torch.randn(run.images[rows].shape, generator=torch.Generator().manual_seed(0)))
+    assert (run.images[rows] - 0.5).square().mean().sqrt() == pytest.approx(0.01, rel=1e-4)
+    assert (run.images[run.labels == 1] == 0.5).all()

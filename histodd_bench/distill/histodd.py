@@ -1,13 +1,13 @@
 """Histo-DD: gradient matching with pre-trained networks, model augmentation and Siamese stain augmentation (Algorithm 1)."""
 
-import io
 import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -16,7 +16,7 @@ from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError, UsageError
-from histodd_bench.files import write_bytes, write_text
+from histodd_bench.files import read_state, save_state, write_bytes, write_text
 from histodd_bench.models import ModelPool
 from histodd_bench.ops import gradient_distance
 from histodd_bench.progress import Progress
@@ -32,10 +32,12 @@ class HistoDD:
     Attributes:
         outer_steps: networks drawn from the pool, one after the other [K].
         inner_steps: image and network updates per drawn network [U].
-        step: how a gradient becomes an image update. ``adaptive``: scale-free, see :class:`ImageStep`;
-            ``plain``: SGD with ``image_lr`` as it is (the paper's rule).
+        step: how a gradient becomes an image update. ``plain``: SGD with ``image_lr`` as it is (the paper's rule).
+            ``adaptive``: the same with each class's gradients divided by their root mean square over all steps so far.
+            The size of the summed distance depends on data set, class count, network and ipc; the adaptive step does not,
+            and yet networks whose gradients differ much still move the images more than those whose gradients agree.
         image_lr: learning rate of the images. ``plain``: the paper's 0.5 or 5e-3. ``adaptive``: root mean square change
-            of a pixel in one step without momentum, in intensities of [0, 1].
+            of a pixel in a typical step without momentum, in intensities of [0, 1].
         image_momentum: of the image update.
         image_decay: lower the learning rate to 0 along a half cosine over all K U steps.
         alpha: strength of the model augmentation (eq. 3), in filter norms.
@@ -50,10 +52,10 @@ class HistoDD:
         initial: synthetic patches start as ``real`` ones, drawn stratified over slides, or as ``noise``.
     """
 
-    outer_steps: int = 20
+    outer_steps: int = 10
     inner_steps: int = 10
     step: Literal["adaptive", "plain"] = "adaptive"
-    image_lr: float = 0.003
+    image_lr: float = 0.005
     image_momentum: float = 0.5
     image_decay: bool = True
     alpha: float = 0.05
@@ -93,7 +95,8 @@ class HistoDD:
         """Distil ``train`` into ``ipc`` float32 patches per class.
 
         Continues from ``workdir/checkpoint.pt`` where an interrupted call left it, and then gives byte for byte what the
-        unbroken call gives. Leaves ``workdir/history.json``: per outer step the mean matching loss and the seconds.
+        unbroken call gives. Leaves ``workdir/history.json`` (per outer step the mean matching loss and the seconds) and
+        ``workdir/initial.safetensors`` (the patches it started from, as ``images``).
 
         Raises:
             HistoddError: a class has fewer than ``ipc`` patches; the matching loss is no longer finite.
@@ -142,7 +145,9 @@ class _Run:
         self.images = train.float_batch(chosen, device)
         if method.initial == "noise":
             self.images = torch.rand(self.images.shape, generator=self.generator).to(device)
+        write_bytes(workdir / "initial.safetensors", safetensors.torch.save({"images": self.images.cpu()}))
         self.velocity = torch.zeros_like(self.images)
+        self.square_sum = torch.zeros(train.num_classes, device=device)  # of the gradients' mean squares, per class
         self.outer_step, self.image_steps, self.history = 0, 0, []  # type: ignore[var-annotated]
         self._resume()
 
@@ -177,7 +182,10 @@ class _Run:
             rate *= 0.5 * (1 + math.cos(math.pi * self.image_steps / total))
         self.image_steps += 1
         if method.step == "adaptive":
-            gradient = gradient / (gradient.square().mean().sqrt() + 1e-20)
+            label = self.labels[rows[0]]
+            self.square_sum[label] += gradient.square().mean()
+            steps = -(-self.image_steps // self.train.num_classes)  # of this class, this one included
+            gradient = gradient / (self.square_sum[label] / steps).sqrt().clamp(min=1e-20)
         velocity = method.image_momentum * self.velocity[rows] + gradient
         self.velocity[rows] = velocity
         self.images[rows] = (self.images[rows] - rate * velocity).clamp_(0, 1)
@@ -215,27 +223,24 @@ class _Run:
             "version": VERSION,
             "images": self.images.cpu(),
             "velocity": self.velocity.cpu(),
+            "square_sum": self.square_sum.cpu(),
             "generator": self.generator.get_state(),
             "outer_step": self.outer_step,
             "image_steps": self.image_steps,
             "history": self.history,
         }
-        buffer = io.BytesIO()  # not a file: torch.save puts its name into the archive
-        torch.save(state, buffer)
-        write_bytes(self.workdir / "checkpoint.pt", buffer.getvalue())
+        save_state(self.workdir / "checkpoint.pt", state)
         write_text(self.workdir / "history.json", json.dumps(self.history, indent=1))
 
     def _resume(self) -> None:
         path = self.workdir / "checkpoint.pt"
         if not path.exists():
             return
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a different type for every kind of damage
-            raise HistoddError(f"{path} is damaged ({type(error).__name__}): delete it to distil this set afresh") from error
+        state = read_state(path)
         if state.get("version") != VERSION or state["images"].shape != self.images.shape:
             raise HistoddError(f"{path} was written by another version or for another set: delete it to distil afresh")
-        self.images, self.velocity = state["images"].to(self.device), state["velocity"].to(self.device)
+        for name in ("images", "velocity", "square_sum"):
+            setattr(self, name, state[name].to(self.device))
         self.generator.set_state(state["generator"])
         self.outer_step, self.image_steps, self.history = state["outer_step"], state["image_steps"], state["history"]
 

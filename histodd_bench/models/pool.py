@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError, UsageError
-from histodd_bench.files import digest, write_bytes, write_text, writing
+from histodd_bench.files import digest, read_state, save_state, write_text, writing
 from histodd_bench.models.registry import build
 from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing, describe, fit_set
@@ -222,7 +221,7 @@ class ModelPool:
                         f"training {name} diverged in epoch {trainer.epoch}: lower its learning rate ({self.recipe.lr})"
                     )
                 if not trainer.done:
-                    _save(checkpoint, {"trainer": trainer.state_dict(), "forgetting": vars(counts)})
+                    save_state(checkpoint, {"trainer": trainer.state_dict(), "forgetting": vars(counts)})
                 task.advance(trainer.step - step, loss=loss)
         write_text(path.with_name("recipe.json"), json.dumps(dataclasses.asdict(self.recipe), indent=1))
         state = {
@@ -230,7 +229,7 @@ class ModelPool:
             "forgetting": vars(counts),
             "epoch_seconds": trainer.epoch_seconds,
         }
-        _save(path, state)
+        save_state(path, state)
         checkpoint.unlink(missing_ok=True)
         return state
 
@@ -287,19 +286,4 @@ def _alone(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A state that :func:`_save` wrote, on the CPU, or None where there is none. Nothing is unpickled."""
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every kind of damage
-        raise HistoddError(
-            f"{path} is damaged ({type(error).__name__}): delete it, and it will be made again"
-        ) from error
-    return state
-
-
-def _save(path: Path, state: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()  # not a file: torch.save puts its name into the archive
-    torch.save(dict(state), buffer)
-    write_bytes(path, buffer.getvalue())
+    return read_state(path) if path.exists() else None

@@ -1,0 +1,190 @@
+"""The command line's options and help; what the commands do is in :mod:`histodd_bench.cli`."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from histodd_bench import __version__
+from histodd_bench.errors import UsageError
+
+DESCRIPTION = """\
+Distil a large set of H&E patches into a few, and measure it against coresets and the whole set.
+
+  python -m histodd_bench run table1                       the demo (procedural slides), minutes on 2 cores
+  python -m histodd_bench run table1 --dataset idc --data-root DIR
+  python -m histodd_bench run table1 --dataset imagefolder --data-root DIR --ipc 10 --seeds 5
+  python -m histodd_bench show table1 --format markdown    what is there; computes nothing
+  python -m histodd_bench list                             tables, data sets, methods, models, presets
+  python -m histodd_bench doctor                           versions, devices, compiled operators
+"""
+
+RUN_EPILOG = """\
+examples:
+  run table1                                        all methods on the demo with the quick preset
+  run table1 --dataset idc --data-root DIR          real patches
+  run table1 --methods random,histodd --ipc 10      part of the table; the rest can follow at any time
+  run table1 --archs convnet-d3:64,resnet18         networks, with a width after the colon
+  run table1 --set histodd.alpha=1 --set pool.epochs=3 --set eval.lr=0.02
+  run table1 --preset paper --dry-run               what would it take? times a sample of each phase
+
+An interrupted run continues with the same command. Finished cells are never computed again; changed options make new
+ones. 'list' names everything that can follow --dataset, --methods, --archs and --preset; 'list fields' what --set takes.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line that names the nearest option or command."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options["allow_abbrev"] = False
+        super().__init__(*args, **options)
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"unrecognized arguments: (\S+)|.*invalid choice: '([^']*)'", message)
+        known = list(self._option_string_actions)
+        if wrong and wrong[2] is not None:
+            message, known = f"unknown command {wrong[2]!r}", self.commands
+        near = difflib.get_close_matches((wrong[1] or wrong[2]) if wrong else "", known, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"{message}{hint} (see '{self.prog} --help')")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a command refuses its own unknown options: only it knows the near ones."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+    @property
+    def commands(self) -> list[str]:
+        """Names of the sub-commands."""
+        return [n for a in self._actions if isinstance(a, argparse._SubParsersAction) for n in a.choices]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part.strip()) for part in text.split(",")}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("must name at least one")
+    return tuple(dict.fromkeys(names))
+
+
+def _shared(parser: Parser, *, table: bool = True) -> None:
+    """Options with the same name and meaning everywhere."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset", type=_names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
+    )
+    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
+    data.add_argument(
+        "--image-size", type=_count, metavar="PX", help="patches are resized to this side (default: the preset's)"
+    )
+    data.add_argument(
+        "--split-seed", type=_seed, default=0, metavar="N", help="seed of the split by slide, where there is none (0)"
+    )
+    what = parser.add_argument_group("what to compute")
+    what.add_argument("--preset", default="quick", metavar="NAME", help="quick (default), standard or paper")
+    what.add_argument("--ipc", type=_counts, metavar="N[,N]", help="images per class (default: the preset's)")
+    what.add_argument("--methods", type=_names, metavar="NAME[,NAME]", help="methods (default: the table's)")
+    what.add_argument(
+        "--archs", type=_names, metavar="NAME[:WIDTH][,...]", help="networks that are trained on the sets and scored"
+    )
+    what.add_argument("--distill-arch", metavar="NAME[:WIDTH]", help="network whose gradients are matched")
+    what.add_argument("--seeds", type=_count, metavar="N", help="how many selection or distillation seeds: 0 to N-1")
+    what.add_argument("--eval-seeds", type=_count, metavar="N", help="how many evaluation seeds for each: 0 to N-1")
+    what.add_argument(
+        "--stain", metavar="POLICY", help="stain normalisation: auto, off, half or on; the same for every method"
+    )
+    what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
+                      help="any field, e.g. histodd.alpha=1, pool.epochs=3, eval.lr=0.02; repeat for more")  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    how.add_argument(
+        "--threads", type=_count, metavar="N", help="CPU threads; part of the configuration (default: the preset's)"
+    )
+    how.add_argument(
+        "--workers", type=_count, metavar="N",
+        help="processes that compute cells on a CPU, each with --threads threads, and read files (default: one per core)",
+    )  # fmt: skip
+    how.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table or command>)")
+    how.add_argument(
+        "--dry-run", action="store_true", help="time a sample of each phase and project the total; compute nothing else"
+    )
+    how.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]) -> Parser:
+    """All commands and options; ``args.function`` is the command's function."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m histodd_bench", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"histodd-bench {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, help: str, epilog: str = "") -> Parser:
+        sub: Parser = commands.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=raw)
+        sub.set_defaults(function=commands_by_name[name])
+        return sub
+
+    sub = command("run", "compute a table, or what is missing of it, and print it", RUN_EPILOG)
+    sub.add_argument("table", help="name of the table, e.g. table1")
+    _shared(sub)
+
+    sub = command("show", "print a table from the results that are there; computes nothing")
+    sub.add_argument("table", nargs="?", default="table1", help="name of the table (default: table1)")
+    sub.add_argument(
+        "--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json (the records)"
+    )
+    sub.add_argument("--predictions", action="store_true", help="keep per-patch predictions in --format json")
+    for option, kind in (("--dataset", _names), ("--methods", _names), ("--archs", _names), ("--ipc", _counts)):
+        sub.add_argument(option, type=kind, metavar="...", help="only these")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table>)")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command("list", "tables, data sets, methods, models and presets, one line each")
+    sub.add_argument("what", nargs="?", help="only: tables, datasets, methods, models, presets, or fields (for --set)")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command(
+        "distill",
+        "distil sets and save them, without evaluating",
+        "example:\n  distill --dataset demo --ipc 10 --seeds 1\n",
+    )
+    sub.add_argument("method", nargs="?", default="histodd", help="distillation method (default: histodd)")
+    _shared(sub, table=False)
+    sub = command(
+        "select",
+        "select coresets and save them, without evaluating",
+        "example:\n  select herding --dataset demo --ipc 10,20\n",
+    )
+    sub.add_argument("method", help="coreset method: random, herding or forgetting")
+    _shared(sub, table=False)
+
+    sub = command("evaluate", "train on a saved set, or any folder of images <class>/*, and score it on a data set's test patches",
+                  "example:\n  evaluate runs/sets/sets/SET --dataset demo --archs convnet-d3:64\n")  # fmt: skip
+    sub.add_argument("set", type=Path, help="folder of the set")
+    _shared(sub, table=False)
+    sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
+
+    sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser

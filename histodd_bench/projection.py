@@ -1,0 +1,205 @@
+"""``--dry-run``: time a sample of each phase of a run and project the total."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from histodd_bench.data.patchset import PatchSet
+from histodd_bench.experiment import Experiment
+from histodd_bench.methods import method_entry
+from histodd_bench.models import ModelPool, PoolRecipe, build
+from histodd_bench.progress import Progress, clock
+from histodd_bench.stain import fit_set
+from histodd_bench.training import Trainer, TrainRecipe, predict
+
+_BATCHES = 2  # training steps timed, after as many to warm up
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: seconds for one unit as measured, and how many units the run has."""
+
+    name: str
+    unit: str
+    seconds: float
+    count: float
+
+    @property
+    def total(self) -> float:
+        return self.seconds * self.count
+
+
+def project(experiment: Experiment) -> str:
+    """Time samples of everything the request needs and print what the whole run would take, from nothing."""
+    with experiment.progress.task("timing samples", 1) as task:
+        phases = _phases(experiment, lambda name: task.progress.log(f"timing {name}"))
+        task.advance()
+    total = sum(p.total for p in phases)
+    width = max(len(p.name) for p in phases)
+    lines = [f"{experiment.request.dataset}, preset {experiment.request.preset.name}, on {experiment.environment['device']}, "
+             f"{experiment.request.threads} threads:"]  # fmt: skip
+    for p in phases:
+        lines.append(
+            f"  {p.name:<{width}}  {p.seconds:10.4g} s per {p.unit:<12} x {p.count:>14,.0f} = {duration(p.total):>12}"
+        )
+    lines.append(f"  {'projected total':<{width}}  {duration(total)}")
+    lines.append(
+        "Projected from short samples of each phase, for a run from nothing; reading the data set is not counted."
+    )
+    unknown = [m for m in experiment.request.methods if not _known(m)]
+    if unknown:
+        lines.append(f"Not counted, since their cost cannot be sampled: {', '.join(unknown)}.")
+    return "\n".join(lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return clock(seconds) + " h" if seconds < 86400 * 2 else f"{seconds / 86400:.1f} days"
+
+
+def _known(name: str) -> bool:
+    fields = {f.name for f in dataclasses.fields(method_entry(name).cls)}
+    return name in ("random", "full") or {"arch", "epochs"} <= fields or {"outer_steps", "inner_steps"} <= fields
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def _sample(train: PatchSet, per_class: int) -> PatchSet:
+    return train.subset(torch.cat([train.class_indices(c)[:per_class] for c in range(train.num_classes)]))
+
+
+def _steps(recipe: TrainRecipe, patches: int) -> float:
+    """Optimiser steps, in full batches: a set smaller than a batch makes cheaper steps."""
+    if recipe.steps is not None:
+        return recipe.steps * min(1.0, patches / recipe.batch_size)
+    return (recipe.epochs or 0) * patches / recipe.batch_size
+
+
+def _training_step(experiment: Experiment, arch: str, width: int | None, recipe: TrainRecipe) -> float:
+    """Seconds of one step on a full batch."""
+    train = experiment.dataset.train
+    indices = torch.arange(_BATCHES * recipe.batch_size) % len(train)
+    patches, size = train.subset(indices), train.image_size[0]
+    model = build(arch, num_classes=train.num_classes, image_size=size, width=width, generator_seed=0).to(
+        experiment.device
+    )
+    short = TrainRecipe(
+        **{f.name: getattr(recipe, f.name) for f in dataclasses.fields(TrainRecipe)} | {"epochs": 2, "steps": None}
+    )
+    trainer = Trainer(model, patches, short, experiment.preprocessing, seed=0, device=experiment.device)
+    trainer.run_epoch()
+    return _timed(experiment.device, trainer.run_epoch) / _BATCHES
+
+
+def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase]:
+    request, train, test = experiment.request, experiment.dataset.train, experiment.dataset.test
+    n, recipe, pool_recipe = len(train), experiment.recipe, experiment.pool_recipe
+    phases: list[Phase] = []
+    fields = {m: {f.name for f in dataclasses.fields(method_entry(m).cls)} for m in request.methods}
+    distillers = [m for m in request.methods if {"outer_steps", "inner_steps"} <= fields[m]]
+    if distillers:
+        report("pool training")
+        arch, width = request.distill_arch
+        step = _training_step(experiment, arch, width, pool_recipe)
+        phases.append(
+            Phase(
+                f"pool of {pool_recipe.networks} x {arch}", "step", step, pool_recipe.networks * _steps(pool_recipe, n)
+            )
+        )
+    seen: set[PoolRecipe] = set()  # methods whose recipes agree share their networks
+    for name in request.methods:
+        if {"arch", "epochs"} <= fields[name]:
+            method = experiment.method(name, request.ipc[0])
+            own = dataclasses.replace(
+                pool_recipe, arch=method.arch, width=method.width, epochs=method.epochs, steps=None
+            )
+            if name == "forgetting":
+                own = dataclasses.replace(own, balanced=False)
+            if own in seen:
+                continue
+            seen.add(own)
+            report(f"{name}: training of {method.arch}")
+            step = _training_step(experiment, method.arch, method.width, own)
+            phases.append(Phase(f"{name}: networks, {method.arch}", "step", step, request.seeds * _steps(own, n)))
+    if distillers or recipe.stain_train > 0:
+        some = _sample(train, 64)
+        seconds = _timed(experiment.device, lambda: fit_set(some, experiment.preprocessing.template))
+        runs = len(distillers) * len(request.ipc) * request.seeds
+        phases.append(Phase("stain fits of real patches", "patch", seconds / len(some), runs * n))
+    for name in distillers:
+        for ipc in request.ipc:
+            report(f"{name}: inner steps at {ipc} per class")
+            method = experiment.method(name, ipc)
+            inner = _inner_step(experiment, method, ipc)
+            count = method.outer_steps * method.inner_steps * request.seeds
+            phases.append(Phase(f"{name}: {ipc} per class", "inner step", inner, count))
+    budgeted = [m for m in request.methods if not method_entry(m).whole]
+    for arch, width in request.archs:
+        report(f"evaluation on {arch}")
+        step = _training_step(experiment, arch, width, recipe)
+        cells = len(budgeted) * request.seeds * request.eval_seeds
+        steps = sum(_steps(recipe, ipc * train.num_classes) for ipc in request.ipc) * cells
+        phases.append(Phase(f"training on sets, {arch}", "step", step, steps))
+        whole = [m for m in request.methods if method_entry(m).whole]
+        if whole:
+            phases.append(
+                Phase(f"training on all patches, {arch}", "step", step, _steps(recipe, n) * request.eval_seeds)
+            )
+        some = test.subset(torch.arange(min(len(test), 256)))
+        model = build(
+            arch, num_classes=train.num_classes, image_size=train.image_size[0], width=width, generator_seed=0
+        )
+        model = model.to(experiment.device)
+
+        def score(model: torch.nn.Module = model, some: PatchSet = some) -> None:
+            predict(model, some, experiment.preprocessing, stain=recipe.stain_test, device=experiment.device)
+
+        score()
+        cells = cells * len(request.ipc) + len(whole) * request.eval_seeds
+        phases.append(
+            Phase(f"scoring, {arch}", "patch", _timed(experiment.device, score) / len(some), cells * len(test))
+        )
+    return phases
+
+
+def _inner_step(experiment: Experiment, method: Any, ipc: int) -> float:
+    """Seconds of one inner step: a run of three on a sample of the data, less a run of one."""
+    sample = _sample(experiment.dataset.train, max(ipc, getattr(method, "real_batch", 64)))
+    recipe = dataclasses.replace(experiment.pool_recipe, networks=1, epochs=None, steps=1)
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ModelPool(
+            sample, recipe, cache=Path(folder), device=experiment.device, preprocessing=experiment.preprocessing
+        )
+        pool.prepare()
+
+        def run(steps: int, place: str) -> float:
+            short = dataclasses.replace(method, outer_steps=1, inner_steps=steps)
+            workdir = Path(folder) / place
+            workdir.mkdir()
+            quiet = Progress.silent()
+            return _timed(
+                experiment.device,
+                lambda: short(sample, ipc, pool, 0, device=experiment.device, workdir=workdir, progress=quiet),
+            )
+
+        run(1, "warm-up")
+        one = run(1, "one")
+        return max(run(3, "three") - one, 0.0) / 2

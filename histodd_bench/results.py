@@ -1,0 +1,226 @@
+"""Results: one JSON record per cell, and the pandas frame that tables are made of. Reading needs no torch."""
+
+import base64
+import json
+import math
+import statistics
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from histodd_bench.errors import HistoddError
+from histodd_bench.files import PARTIAL, digest, write_bytes
+
+FORMAT = 1  # a record of another format is ignored, with a line that says so
+RECORDS, PLAN = "records", "plan.json"
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "dataset": str,
+    "method": str,
+    "ipc": (int, type(None)),
+    "arch": str,
+    "distill_seed": (int, type(None)),
+    "eval_seed": int,
+    "config": dict,
+    "metrics": dict,
+    "storage": dict,
+    "seconds": dict,
+    "environment": dict,
+    "data": dict,
+    "predictions": dict,
+    "key": str,
+}
+
+Record = dict[str, Any]
+
+
+def pack(array: np.ndarray) -> dict[str, Any]:
+    """An array as JSON: dtype, shape and zlib-compressed base64."""
+    array = np.ascontiguousarray(array)
+    data = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "zlib_base64": data}
+
+
+def unpack(packed: Mapping[str, Any]) -> np.ndarray:
+    """The array of :func:`pack`."""
+    data = zlib.decompress(base64.b64decode(packed["zlib_base64"]))
+    return np.frombuffer(data, dtype=np.dtype(packed["dtype"])).reshape(packed["shape"]).copy()
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def file_name(record: Record) -> str:
+    """Readable and unique: dataset, method, ipc, network, seeds and the first digits of the key."""
+    parts = [record["dataset"], record["method"]]
+    if record["ipc"] is not None:
+        parts.append(f"ipc{record['ipc']}")
+    parts.append(record["arch"])
+    if record["distill_seed"] is not None:
+        parts.append(f"s{record['distill_seed']}")
+    safe = "-".join("".join(c if c.isalnum() or c in "-_." else "_" for c in str(p)) for p in parts)
+    return f"{safe}-e{record['eval_seed']}-{record['key'][:12]}.json"
+
+
+def key_of(config: Mapping[str, Any]) -> str:
+    """A record's key: SHA-256 of its format and full configuration."""
+    return digest({"format": FORMAT, "config": config})
+
+
+def write_record(out: Path, record: Record) -> Path:
+    """Write a record atomically below ``out``."""
+    path = out / RECORDS / file_name(record)
+    text = json.dumps(finite({"format": FORMAT, **record}), indent=1, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """Read and check one record.
+
+    Raises:
+        HistoddError: unreadable, of another version, incomplete, or changed since it was written.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HistoddError(f"{path} cannot be read ({error}): delete it to have it computed again") from None
+    if not isinstance(record, dict):
+        raise HistoddError(f"{path} is not a record: delete it")
+    if record.get("format") != FORMAT:
+        raise HistoddError(
+            f"{path} was written by another version (record format {record.get('format')}, this one reads {FORMAT}): "
+            "delete it to have it computed again"
+        )
+    for name, kind in _REQUIRED.items():
+        if name not in record or not isinstance(record[name], kind):
+            raise HistoddError(f"{path} has no usable {name!r}: delete it to have it computed again")
+    if key_of(record["config"]) != record["key"]:
+        raise HistoddError(
+            f"{path} does not match its own configuration (edited?): delete it to have it computed again"
+        )
+    return record
+
+
+def read_records(out: Path) -> tuple[list[Record], list[str]]:
+    """All usable records below ``out``, in a fixed order, and one line for each that was left out."""
+    records, ignored = [], []
+    for path in sorted((out / RECORDS).glob("*.json")):
+        try:
+            records.append(read_record(path))
+        except HistoddError as error:
+            ignored.append(f"ignored: {error}")
+    order = {"ipc": -1, "distill_seed": -1}
+    records.sort(key=lambda r: tuple(r[c] if r[c] is not None else order.get(c, -1) for c in _IDENTITY) + (r["key"],))
+    return records, ignored
+
+
+_IDENTITY = ("dataset", "method", "ipc", "arch", "distill_seed", "eval_seed")
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Files that a killed run left half-written below ``out``; they are never read."""
+    return sorted((out / RECORDS).glob(f"*{PARTIAL}"))
+
+
+def protocol(config: Mapping[str, Any]) -> str:
+    """What numbers must share to stand in one table: the data, the training recipe, threads and device."""
+    evaluation = {k: v for k, v in config["eval"].items() if k not in ("arch", "width", "seed")}
+    rest = {k: v for k, v in config.items() if k not in ("eval", "set")}
+    return digest({"eval": evaluation, **rest})
+
+
+def variant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What may differ between two sets of one method, images per class and seed: its fields, version and pool, flat."""
+    made = config["set"]
+    flat = dict(made.get("fields", {}))
+    flat.update({f"pool.{k}": v for k, v in (made.get("pool") or {}).items()})
+    flat["version"] = made.get("version")
+    return flat
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat.update(_flat(inner, f"{prefix}.{name}"))
+        elif isinstance(inner, int | float) or inner is None:
+            flat[f"{prefix}.{name}"] = inner
+    return flat
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per record.
+
+    Columns: ``dataset, method, ipc, arch, width, distill_seed, eval_seed, key, protocol, variant`` (JSON), and the numbers
+    as ``metrics.*``, ``storage.*`` and ``seconds.*`` (metrics are fractions, times seconds). ``ipc`` and ``distill_seed``
+    are <NA> for the whole training set.
+    """
+    rows = []
+    for r in records:
+        row = {name: r[name] for name in _IDENTITY}
+        row["width"] = r["config"]["eval"].get("width")
+        row["key"], row["protocol"] = r["key"], protocol(r["config"])
+        row["variant"] = json.dumps(variant(r["config"]), sort_keys=True)
+        for part in ("metrics", "storage", "seconds"):
+            row.update(_flat(r[part], part))
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "width", "key", "protocol", "variant"])
+    for name in ("ipc", "distill_seed", "width"):
+        frame[name] = frame[name].astype("Int64")
+    return frame
+
+
+def aggregate(values: Sequence[float | None]) -> tuple[float, float, int]:
+    """Mean, standard deviation (n - 1; NaN below two values) and n, over the values that exist."""
+    kept = [float(v) for v in values if v is not None and not pd.isna(v)]
+    if not kept:
+        return math.nan, math.nan, 0
+    # Exactly rounded sums: the same in any order.
+    return statistics.fmean(kept), statistics.stdev(kept) if len(kept) > 1 else math.nan, len(kept)
+
+
+def summary(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Mean, sd and n of one metric over seeds, by dataset, protocol, network, method, variant and images per class."""
+    by = ["dataset", "protocol", "arch", "width", "method", "variant", "ipc"]
+    rows = []
+    for values, group in frame.groupby(by, dropna=False, sort=True):
+        mean, sd, n = aggregate(group[metric].tolist())
+        rows.append({**dict(zip(by, values, strict=True)), "mean": mean, "sd": sd, "n": n})
+    return pd.DataFrame(rows, columns=[*by, "mean", "sd", "n"])
+
+
+def write_plan(out: Path, table: str, request: Mapping[str, Any]) -> None:
+    """Remember what was asked of a table, so that ``show`` can print a dash where a result is still missing.
+
+    Args:
+        table: its name.
+        request: dataset name -> ``{"ipc": [...], "methods": [...]}``; joined with what was asked before.
+    """
+    plan = read_plan(out)
+    for dataset, asked in request.items():
+        known = plan.setdefault(table, {}).setdefault(dataset, {})
+        for name, values in asked.items():
+            joined = list(dict.fromkeys([*known.get(name, []), *values]))
+            known[name] = sorted(joined) if name == "ipc" else joined
+    write_bytes(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def read_plan(out: Path) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """Table name -> dataset -> what was asked; empty where nothing was."""
+    try:
+        plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}

@@ -1,0 +1,316 @@
+"""The command line: help, names, typed fields, every command on a tiny data set, and Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_project import OPTIONS, command, environment, program, write_imagefolder
+
+from histodd_bench import cli, presets
+from histodd_bench.errors import UsageError
+from histodd_bench.models import MODELS
+from histodd_bench.training import TrainRecipe
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished tiny table, made through the command line."""
+    base = tmp_path_factory.mktemp("cli")
+    made = {"data": write_imagefolder(base / "data"), "out": base / "out", "cache": base / "cache"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HISTODD_CACHE", str(made["cache"]))
+        assert cli.main(command(made["data"], made["out"], "--methods", "random,histodd,full", seeds="1")) == 0
+    return made
+
+
+@pytest.fixture(autouse=True)
+def cache(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(tiny["cache"]))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# ---- help and names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run", "show", "list", "distill", "select", "evaluate", "doctor"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main([name, "--help"])
+    assert leave.value.code == 0
+    assert "usage: python -m histodd_bench " + name in capsys.readouterr().out
+
+
+def test_shared_options_have_the_same_names_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ("--dataset --data-root --preset --ipc --methods --archs --distill-arch --seeds --eval-seeds --image-size "
+              "--device --workers --out --set --threads --stain --debug --dry-run").split()  # fmt: skip
+    for name in ("run", "distill", "select", "evaluate"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        assert [o for o in shared if o not in text] == []
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from histodd_bench import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(Path("x")), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_show_needs_no_torch(tiny: dict[str, Path]) -> None:
+    code = f"import sys; from histodd_bench import cli; cli.main(['show', '--out', {str(tiny['out'])!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(Path("x")), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_no_command_teaches_and_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys)
+    assert code == 2 and "run table1" in out
+
+
+def test_list_names_everything_with_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list")
+    lines = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert code == 0
+    assert {"tables", "datasets", "methods", "models", "presets", "table1", "demo", "idc", "imagefolder", "random", "herding",
+            "forgetting", "histodd", "full", "quick", "standard", "paper", *MODELS} <= set(lines)  # fmt: skip
+    code, out, _ = run(capsys, "list", "fields")
+    assert code == 0 and "histodd.alpha" in out and "eval.lr" in out and "pool.networks" in out and "table1" not in out
+
+
+def test_doctor_reports(capsys: pytest.CaptureFixture[str], tiny: dict[str, Path]) -> None:
+    code, out, _ = run(capsys, "doctor")
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    assert code == 0
+    assert {"histodd-bench", "python", "torch", "cpu", "compiled operators", "OpenSlide", "data and networks"} <= set(
+        names
+    )
+    assert str(tiny["cache"]) in out
+
+
+def test_version() -> None:
+    done = program("--version", cache=Path("x"))
+    assert done.returncode == 0 and done.stdout.startswith("histodd-bench ")
+
+
+# ---- fields ----------------------------------------------------------------------------------------------------------
+
+
+def test_fields_are_typed_by_their_owners() -> None:
+    parsed = presets.parse_overrides(
+        [
+            "histodd.alpha=1",
+            "pool.epochs=3",
+            "eval.balanced=yes",
+            "eval.augment=flip,rotate",
+            "histodd.augment=none",
+            "herding.width=none",
+        ]
+    )
+    assert parsed == {
+        "histodd": {"alpha": 1.0, "augment": ()},
+        "pool": {"epochs": 3},
+        "eval": {"balanced": True, "augment": ("flip", "rotate")},
+        "herding": {"width": None},
+    }
+    assert isinstance(parsed["histodd"]["alpha"], float) and isinstance(parsed["pool"]["epochs"], int)
+
+
+def test_a_section_may_be_left_out_where_only_one_fits() -> None:
+    assert presets.parse_overrides(["outer_steps=7"]) == {"histodd": {"outer_steps": 7}}
+    with pytest.raises(UsageError, match=r"several parts have that field, say which: .*eval\.lr"):
+        presets.parse_overrides(["lr=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("histodd.alhpa=1", "unknown field of histodd 'alhpa' in --set: did you mean 'alpha'?"),
+        ("histod.alpha=1", "did you mean 'histodd'?"),
+        ("outer_step=1", "did you mean 'outer_steps'?"),
+        ("histodd.alpha", "write it as section.field=value"),
+        ("=3", "write it as section.field=value"),
+        ("histodd.alpha=big", "must be a number, got 'big'"),
+        ("histodd.alpha=nan", "must be a finite number"),
+        ("pool.epochs=2.5", "must be a whole number, got '2.5'"),
+        ("eval.balanced=maybe", "must be true or false, got 'maybe'"),
+        ("histodd.distance=l3", "must be one of l1, l2, cosine, got 'l3'"),
+        ("pool.arch=resnet18", "use --distill-arch"),
+    ],
+)
+def test_wrong_fields_are_refused_with_the_remedy(setting: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "run", "table1", "--set", setting)
+    assert code == 2 and says in err and err.count("\n") == 1
+
+
+def test_steps_and_epochs_replace_each_other() -> None:
+    recipe = presets.build(TrainRecipe, {"epochs": 5}, {"steps": 100})
+    assert (recipe.epochs, recipe.steps) == (None, 100)
+    recipe = presets.build(TrainRecipe, {"steps": 100}, {"epochs": 5})
+    assert (recipe.epochs, recipe.steps) == (5, None)
+
+
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+def test_presets_are_complete(name: str) -> None:
+    preset = presets.get_preset(name)
+    classes = presets.section_classes()
+    for ipc in preset.ipc:
+        for method in classes.keys() - {"pool", "eval"}:
+            presets.build(classes[method], preset.method_fields(method, ipc, "tcga-idh"))
+    presets.build(classes["eval"], preset.eval)
+    presets.build(classes["pool"], {"arch": preset.distill_arch}, preset.pool)
+    for arch in (preset.distill_arch, *preset.archs):
+        assert MODELS[presets.parse_arch(arch, preset.widths)[0]].min_size <= preset.image_size
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_show_in_every_format(tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    starts = {"rich": "Table 1", "markdown": "### Table 1", "latex": "% needs", "csv": "dataset,network,metric"}
+    for name, start in starts.items():
+        code, out, err = run(capsys, "show", "table1", "--format", name, "--out", str(tiny["out"]))
+        assert code == 0 and out.startswith(start) and not err
+    code, out, _ = run(capsys, "show", "table1", "--format", "json", "--out", str(tiny["out"]))
+    records = json.loads(out)
+    assert len(records) == 2 * 2 + 2 and all("predictions" not in r for r in records)
+    code, out, _ = run(
+        capsys, "show", "--format", "json", "--predictions", "--methods", "full", "--out", str(tiny["out"])
+    )
+    assert [r["method"] for r in json.loads(out)] == ["full", "full"] and "predictions" in out
+
+
+def test_files_say_what_show_says(tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, suffix in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
+        _, out, _ = run(capsys, "show", "--format", name, "--out", str(tiny["out"]))
+        assert (tiny["out"] / f"table1.{suffix}").read_text() == out
+
+
+def test_show_changes_nothing_and_invents_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "show", "--out", str(tmp_path / "nothing"))
+    assert code == 1 and "no results in" in err and not (tmp_path / "nothing").exists()
+    code, out, err = run(capsys, "show", "--out", str(tmp_path))
+    assert code == 0 and out == "" and "no results" in err and not list(tmp_path.iterdir())
+
+
+def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--dataset", "imagefolder", "--data-root", str(tiny["data"]), *OPTIONS]
+    made = []
+    for arguments in (["distill"], ["select", "random"]):
+        code, out, err = run(capsys, *arguments, *data, "--ipc", "2", "--seeds", "1", "--out", str(tmp_path / "made"))
+        assert code == 0, err
+        (folder,) = out.split()
+        assert (Path(folder) / "card.json").is_file()
+        made.append(folder)
+    # a set made alone is the set of the table
+    name = Path(made[0]).name
+    assert (Path(made[0]) / "images.safetensors").read_bytes() == (
+        tiny["out"] / "sets" / name / "images.safetensors"
+    ).read_bytes()
+    code, out, err = run(
+        capsys, "evaluate", made[0], *data, "--eval-seeds", "2", "--out", str(tmp_path / "scores"), "--format", "json"
+    )
+    assert code == 0, err
+    scores = [r["metrics"]["accuracy"] for r in json.loads(out)]
+    _, out, _ = run(capsys, "show", "--methods", "histodd", "--format", "json", "--out", str(tiny["out"]))
+    assert scores == [r["metrics"]["accuracy"] for r in json.loads(out)]
+    code, out, err = run(
+        capsys, "evaluate", str(tiny["data"] / "train"), *data, "--eval-seeds", "1", "--out", str(tmp_path / "scores")
+    )
+    assert code == 0 and "Accuracy %" in out, err
+
+
+def test_distill_and_select_know_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "select", "histodd")[0] == 2
+    code, _, err = run(capsys, "distill", "herding")
+    assert code == 2 and "choose from histodd" in err
+    assert run(capsys, "select", "full")[0] == 2
+
+
+def test_dry_run_projects_every_phase_and_leaves_nothing(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *command(tiny["data"], tmp_path / "out", "--dry-run"))
+    assert code == 0, err
+    for phase in (
+        "pool of 2 x convnet-d3",
+        "herding: networks",
+        "histodd: 2 per class",
+        "training on all patches",
+        "scoring",
+        "projected total",
+    ):
+        assert phase in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plugged_in_method_runs(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """A real distribution on the path, found through its entry point."""
+    (tmp_path / "firstfew.py").write_text(
+        "from dataclasses import dataclass\nimport torch\n\n@dataclass(frozen=True)\nclass FirstFew:\n    skip: int = 0\n\n"
+        "    def __call__(self, train, ipc, pool, seed, *, device, workdir, progress):\n"
+        "        return train.subset(torch.cat([train.class_indices(c)[self.skip:self.skip + ipc] for c in range(train.num_classes)]))\n"
+    )
+    info = tmp_path / "firstfew-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: firstfew\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[histodd_bench.methods]\nfirst-few = firstfew:FirstFew\n")
+    env = environment(tiny["cache"])
+    env["PYTHONPATH"] = str(tmp_path) + os.pathsep + env["PYTHONPATH"]
+    arguments = command(
+        tiny["data"], tmp_path / "out", "--methods", "first-few", "--set", "first-few.skip=1", seeds="1"
+    )
+    done = subprocess.run([sys.executable, "-m", "histodd_bench", *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "first-few" in done.stdout.splitlines()[2]
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def interrupted(child: "subprocess.Popen[str]", started: str, pause: float = 0.0) -> tuple[int, str]:
+    """Send SIGINT ``pause`` seconds after ``started`` was printed; exit code and what came on standard error."""
+    assert child.stderr is not None
+    seen = ""
+    while started not in seen:
+        line = child.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(pause)
+    child.send_signal(signal.SIGINT)
+    _, rest = child.communicate(timeout=60)
+    return child.returncode, seen + rest
+
+
+def test_ctrl_c_says_how_to_go_on(tiny: dict[str, Path], tmp_path: Path) -> None:
+    arguments = command(tiny["data"], tmp_path / "out", "--set", "eval.epochs=100000", "--methods", "random")
+    child = subprocess.Popen([sys.executable, "-m", "histodd_bench", *arguments], env=environment(tiny["cache"]),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    code, text = interrupted(child, "pool of")
+    assert code == 130 and "Traceback" not in text
+    assert "the same command continues from here" in text and f"--out {tmp_path / 'out'}" in text
+
+
+def test_ctrl_c_ends_a_process_stuck_in_a_kernel() -> None:
+    """Nothing of Python runs while one operator computes for minutes; the exit does not wait for it."""
+    code = (
+        "import sys, torch\nfrom histodd_bench.interrupt import prompt_exit\ntorch.set_num_threads(1)\n"
+        "with prompt_exit(lambda: 'continue with X'):\n"
+        "    x = torch.rand(6000, 6000, dtype=torch.float64)\n"
+        "    print('started', file=sys.stderr, flush=True)\n"
+        "    torch.linalg.svd(x)\nprint('finished')\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment(Path("x")),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    exit_code, text = interrupted(child, "started", pause=2.0)
+    assert exit_code == 130 and "continue with X" in text and "Traceback" not in text

@@ -1,0 +1,182 @@
+"""Tables from records with known numbers, in every format."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from made_up_records import record
+
+from histodd_bench import layout, render
+from histodd_bench.tables import TABLES
+
+TABLE = TABLES["table1"]
+
+
+def some_records(dataset: str = "idc", **more) -> list:
+    made = []
+    for seed in (0, 1, 2):
+        made.append(record(0.60 + 0.02 * seed, method="random", seed=seed, dataset=dataset, **more))
+        made.append(record(0.70 + 0.02 * seed, method="histodd", seed=seed, dataset=dataset, **more))
+        made.append(record(0.80 + 0.02 * seed, method="full", eval_seed=seed, dataset=dataset, **more))
+    made.append(record(0.75, method="random", seed=0, ipc=20, dataset=dataset, **more))
+    return made
+
+
+def rows(records: list, **options) -> dict[tuple[str, str, str, str], dict[str, str]]:
+    """CSV rows by (metric, ipc, column, source)."""
+    text = render.as_csv(layout.grids(TABLE, records, **options))
+    return {(r["metric"], r["ipc"], r["column"], r["source"]): r for r in csv.DictReader(io.StringIO(text))}
+
+
+def test_numbers_are_percent_with_sd_and_n() -> None:
+    found = rows(some_records())
+    row = found["Accuracy %", "10", "Histo-DD", "ours"]
+    assert (float(row["mean"]), float(row["sd"]), row["n"]) == (pytest.approx(72.0), pytest.approx(2.0), "3")
+    assert float(found["Balanced accuracy %", "10", "Histo-DD", "ours"]["mean"]) == pytest.approx(62.0)
+    assert found["Accuracy %", "20", "Random", "ours"]["sd"] == ""
+    assert found["Accuracy %", "", "Full", "ours"]["n"] == "3"
+    # 10 per class of 2 classes among 5000 training patches
+    assert found["Accuracy %", "10", "Random", "ours"]["ratio_percent"] == "0.4"
+
+
+def test_missing_cells_are_dashes_and_are_not_invented() -> None:
+    found = rows(some_records())
+    assert found["Accuracy %", "10", "Herding", "ours"]["n"] == "0"
+    assert found["Accuracy %", "20", "Histo-DD", "ours"]["mean"] == ""
+    line = next(x for x in render.markdown(layout.grids(TABLE, some_records())).splitlines() if "| 20 |" in x)
+    assert line == "|  | 20 | 0.8 | 75.0 (1) | - | - | - |  |"
+
+
+def test_what_was_asked_but_is_not_there_yet_has_a_row() -> None:
+    text = render.markdown(layout.grids(TABLE, some_records(), {"idc": {"ipc": [10, 20, 50]}}))
+    assert "|  | 50 | 2.0 | - | - | - | - |  |" in text
+
+
+def test_best_is_bold_with_ties_and_without_the_whole_set() -> None:
+    tied = [*some_records(), record(0.7001, method="herding", seed=0), record(0.6, method="forgetting", seed=0)]
+    line = next(x for x in render.markdown(layout.grids(TABLE, tied)).splitlines() if x.startswith("| Accuracy"))
+    assert re.findall(r"\*\*(.+?)\*\*", line) == ["72.0 ± 2.0 (3)"]
+    tied.append(record(0.72 * 2 - 0.7001, method="herding", seed=1))
+    line = next(x for x in render.markdown(layout.grids(TABLE, tied)).splitlines() if x.startswith("| Accuracy"))
+    assert len(re.findall(r"\*\*(.+?)\*\*", line)) == 2
+
+
+def test_speed_and_storage_say_how_many_times_less_than_full() -> None:
+    text = render.markdown(layout.grids(TABLE, some_records()))
+    assert "0.050 (x80)" in text
+    assert "60.0 (x250)" in text
+
+
+def test_the_papers_numbers_stand_beside_ours_as_printed() -> None:
+    made = some_records("camelyon16")
+    found = rows(made)
+    row = found["Accuracy %", "10", "Herding", "paper"]
+    assert (row["mean"], row["sd"], row["ratio_percent"]) == ("72.7", "0.40", "9e-4")
+    assert found["Accuracy %", "", "Full", "paper"]["mean"] == "95.8"
+    assert ("Balanced accuracy %", "10", "Herding", "paper") not in found
+    text = render.markdown(layout.grids(TABLE, made))
+    assert "| *paper* | 10 | 9e-4 | *68.2 ± 0.11* | *72.7 ± 0.40* |" in text
+    assert "as printed in the paper for Camelyon16, on ResNet18" in text
+    assert "paper" not in render.markdown(layout.grids(TABLE, some_records("idc")))
+
+
+def test_procedural_data_are_labelled_in_every_format() -> None:
+    made = layout.grids(TABLE, some_records("demo", procedural=True))
+    for name in ("rich", "markdown", "latex"):
+        text = render.FORMATS[name](made)
+        assert "procedural data" in text and "nothing here is about patients" in text
+
+
+def test_notes_tell_the_protocol() -> None:
+    notes = "\n".join(layout.grids(TABLE, some_records(notes=("3 files skipped",)))[0].notes)
+    for part in (
+        "convnet-d3 (width 64) at 32 px: 50 epochs for every method, Full included",
+        "class sampling natural",
+        "5 networks, pre-trained for 10 epochs",
+        "training probability 0.5, at test no, the same for every method (auto: chosen on training data: off 0.710, half 0.740)",
+        "at most 3 selection or distillation seeds x 3 evaluation seeds",
+        "A CPU, 2 threads",
+        "5000 training patches of 140 slides or patients",
+        "idc: 3 files skipped",
+    ):
+        assert part in notes
+
+
+def test_variants_of_a_method_stand_side_by_side_and_are_never_mixed() -> None:
+    made = [record(0.7, method="histodd", fields={"alpha": 1.0}), record(0.8, method="histodd", fields={"alpha": 0.05})]
+    made.append(record(0.6, method="histodd", fields={"alpha": 0.05}, ipc=20))
+    found = rows(made)
+    assert found["Accuracy %", "10", "Histo-DD (alpha=1.0)", "ours"]["n"] == "1"
+    assert float(found["Accuracy %", "10", "Histo-DD (alpha=0.05)", "ours"]["mean"]) == pytest.approx(80.0)
+    assert float(found["Accuracy %", "20", "Histo-DD", "ours"]["mean"]) == pytest.approx(60.0)
+
+
+def test_fields_that_follow_images_per_class_are_not_variants() -> None:
+    made = [record(0.7, method="histodd", ipc=i, fields={"outer_steps": k}) for i, k in ((10, 200), (20, 500))]
+    assert layout.grids(TABLE, made)[0].columns == ["Random", "Herding", "Forgetting", "Histo-DD", "Full"]
+
+
+def test_other_recipes_and_networks_make_tables_of_their_own() -> None:
+    made = [record(0.7), record(0.8, recipe={"epochs": 10}), record(0.9, arch="resnet18"), record(0.5, dataset="demo")]
+    assert len(layout.grids(TABLE, made)) == 4
+
+
+def test_methods_that_the_table_does_not_name_get_a_column() -> None:
+    assert layout.grids(TABLE, [record(0.7, method="my-method")])[0].columns[-1] == "my-method"
+
+
+NASTY = ("a_b & 50% {x} ~^\\", "<script>|*`$#")
+
+
+def test_user_text_is_escaped() -> None:
+    made = layout.grids(TABLE, some_records(classes=NASTY))
+    tex = render.latex(made)
+    assert r"a\_b \& 50\% \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{}" in tex
+    assert r"\textless{}script\textgreater{}|*`\$\#" in tex
+    body = re.sub(r"\\[&%$#_{}]", "", tex)
+    assert "$" not in body.replace(r"$\pm$", "") and "#" not in body
+    md = render.markdown(made)
+    assert "<script>" not in md and r"&lt;script&gt;\|\*\`$#" in md
+    assert "[/nothing]" in render.rich(layout.grids(TABLE, some_records(classes=("[/nothing]", "b"))))
+
+
+def test_latex_tables_are_well_formed() -> None:
+    tex = render.latex(layout.grids(TABLE, [*some_records("camelyon16"), *some_records("demo", procedural=True)]))
+    assert tex.count(r"\begin{tabular}{lrrrrrrr}") == tex.count(r"\end{tabular}") == 2
+    lines = [line for line in tex.splitlines() if line.endswith(r" \\")]
+    assert lines and all(len(re.findall(r"(?<!\\)&", line)) == 7 for line in lines)
+    assert r"\textbf{72.0 $\pm$ 2.0 (3)}" in tex and r"\textit{72.7 $\pm$ 0.40}" in tex
+
+
+def test_rich_is_not_cut_off_away_from_a_terminal() -> None:
+    text = render.rich(layout.grids(TABLE, some_records()))
+    assert "72.0 ± 2.0 (3)" in text and "…" not in text
+    narrow = render.rich(layout.grids(TABLE, some_records()), width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+
+
+def test_json_keeps_every_named_field_and_leaves_predictions_out() -> None:
+    named = {
+        "dataset",
+        "method",
+        "ipc",
+        "arch",
+        "distill_seed",
+        "eval_seed",
+        "config",
+        "metrics",
+        "storage",
+        "environment",
+    }
+    made = [record(0.7, metrics={"auc": float("nan")})]
+    parsed = json.loads(render.as_json(made))[0]
+    assert named <= set(parsed) and "predictions" not in parsed and parsed["metrics"]["auc"] is None
+    assert {"accuracy", "balanced_accuracy", "auc", "epoch_seconds"} <= set(parsed["metrics"])
+    assert "predictions" in json.loads(render.as_json(made, predictions=True))[0]
+
+
+def test_csv_cannot_become_a_formula() -> None:
+    text = render.as_csv(layout.grids(TABLE, [record(0.7, dataset="=1+1")]))
+    assert "\n'=1+1," in text
