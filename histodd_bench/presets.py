@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
             widths={"convnet-d3": 32},
             eval_seeds=2,
             threads=1,
-            pool={"epochs": 1},
+            pool={"epochs": 1, "balanced": True},
             eval={"steps": 300},
             # ResNet18 features as in the paper, at a quarter of its width and fewer epochs to suit two cores.
             methods={"herding": {"width": 16, "epochs": 10}, "forgetting": {"width": 16, "epochs": 10}},
@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
             archs=("convnet-d3", "resnet18"),
             seeds=5,
             threads=4,
-            pool={"epochs": 1},
+            pool={"epochs": 1, "balanced": True},
             eval={"steps": 1000},
             methods={"histodd": {"outer_steps": 50}},
         ),
@@ -106,7 +106,14 @@ PRESETS: dict[str, Preset] = {
             pool={"epochs": 10, "networks": 5},
             eval={"epochs": 50},
             methods={
-                "histodd": {"inner_steps": 100, "step": "plain", "image_lr": 0.5, "image_decay": False, "alpha": 1.0}
+                "histodd": {
+                    "inner_steps": 100,
+                    "step": "plain",
+                    "image_lr": 0.5,
+                    "image_decay": False,
+                    "alpha": 1.0,
+                    "balanced": False,
+                }
             },
             by_ipc={
                 10: {"histodd": {"outer_steps": 200}},

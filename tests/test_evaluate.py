@@ -1,6 +1,7 @@
 """Metrics against hand-made cases and scikit-learn, storage, and one whole evaluation."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +67,26 @@ def test_an_evaluation_is_reproducible_and_reports_its_budget() -> None:
     torch.testing.assert_close(a.sum(1), torch.ones(24))
     assert metrics["steps"] == 40 and metrics["epochs"] == 40 and metrics["epoch_seconds"] > 0
     assert metrics["balanced_accuracy"] > 0.8 and steps[39] == (40, 40)
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("histodd_bench.evaluate._CHECKPOINT_SECONDS", -1.0)
+    train, test = two_classes(per_class=10), two_classes(per_class=12, seed=3)
+    path = tmp_path / "evaluation.pt"
+
+    def once(stop_after: int | None = None) -> torch.Tensor:
+        def on_epoch(done: int, total: int, loss: float) -> None:
+            if done == stop_after:
+                raise KeyboardInterrupt
+
+        return evaluate(
+            train, test, arch="convnet-d3", width=8, recipe=TrainRecipe(epochs=6), seed=1,
+            preprocessing=describe(train), checkpoint=path, on_epoch=on_epoch,
+        ).probabilities  # fmt: skip
+
+    whole = once()
+    assert not path.exists()
+    with pytest.raises(KeyboardInterrupt):
+        once(stop_after=4)
+    assert path.exists()
+    assert torch.equal(once(), whole) and not path.exists()

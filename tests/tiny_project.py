@@ -21,7 +21,7 @@ FIELDS = [
 ]
 SETTINGS = [part for field in FIELDS for part in ("--set", field)]
 OPTIONS = ["--image-size", "16", "--archs", "convnet-d3:8", "--distill-arch", "convnet-d3:8", "--threads", "1",
-           "--stain", "half", "--device", "cpu", *SETTINGS]  # fmt: skip
+           "--stain", "half", "--device", "cpu", "--workers", "1", *SETTINGS]  # fmt: skip
 
 
 def write_imagefolder(

@@ -42,6 +42,8 @@ class HistoDD:
         image_decay: lower the learning rate to 0 along a half cosine over all K U steps.
         alpha: strength of the model augmentation (eq. 3), in filter norms.
         network_lr, network_momentum, network_weight_decay: SGD that updates the drawn network on real minibatches.
+        balanced: the network's minibatch draws classes equally often, as the synthetic set has them, instead of in their
+            natural proportions.
         real_batch: real patches per class and step; also the size of the network's minibatch.
         synthetic_batch: at most this many of a class's synthetic patches per step.
         augment: operations of the Siamese augmentation; one draw for every patch of both batches.
@@ -62,6 +64,7 @@ class HistoDD:
     network_lr: float = 0.01
     network_momentum: float = 0.9
     network_weight_decay: float = 5e-4
+    balanced: bool = True
     real_batch: int = 64
     synthetic_batch: int = 128
     augment: tuple[str, ...] = OPERATIONS
@@ -192,7 +195,14 @@ class _Run:
 
     def update_network(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """One SGD step of the drawn network on a real minibatch of all classes, with one augmentation draw per patch."""
-        indices = torch.randint(len(self.train), (self.method.real_batch,), generator=self.generator)
+        size = self.method.real_batch
+        if self.method.balanced:
+            labels = torch.randint(self.train.num_classes, (size,), generator=self.generator)
+            counts = torch.tensor([len(members) for members in self.by_class])
+            place = (torch.rand(size, generator=self.generator, dtype=torch.float64) * counts[labels]).long()
+            indices = torch.stack([self.by_class[label][i] for label, i in zip(labels.tolist(), place, strict=True)])
+        else:
+            indices = torch.randint(len(self.train), (size,), generator=self.generator)
         x = self._view_real(indices, self.augmentation.draw(self.generator, len(indices)))
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(network(x), self.train.labels[indices].to(self.device)).backward()
