@@ -54,7 +54,7 @@ class HistoDD:
         initial: synthetic patches start as ``real`` ones, drawn stratified over slides, or as ``noise``.
     """
 
-    outer_steps: int = 10
+    outer_steps: int = 20
     inner_steps: int = 10
     step: Literal["adaptive", "plain"] = "adaptive"
     image_lr: float = 0.005
@@ -145,7 +145,7 @@ class _Run:
         self.by_class = [train.class_indices(label) for label in range(train.num_classes)]
         chosen = stratified_draw(train, ipc, self.generator)
         self.labels = train.labels[chosen].to(device)
-        self.images = train.float_batch(chosen, device)
+        self.images = train.float_batch(chosen, device).contiguous()
         if method.initial == "noise":
             self.images = torch.rand(self.images.shape, generator=self.generator).to(device)
         write_bytes(workdir / "initial.safetensors", safetensors.torch.save({"images": self.images.cpu()}))
