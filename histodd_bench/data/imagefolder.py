@@ -1,0 +1,178 @@
+"""Anyone's patches: ``train/<class>/*`` and ``test/<class>/*``, or ``<class>/*`` to be split here.
+
+``groups.csv`` beside them (columns path, group and, optionally, centre; paths relative to the folder) says which slide or
+patient a file comes from. Without it every file is its own group. Without ``test/`` 30 % of the groups are drawn by the seed.
+Images that are not square are cropped to their central square, then resized.
+"""
+
+import csv
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from histodd_bench.data.images import FileEntry, printable, write_stores
+from histodd_bench.data.listing import fingerprint, image_files, subfolders
+from histodd_bench.data.split import draw_groups
+from histodd_bench.data.store import Dataset, cached_dataset
+from histodd_bench.errors import HistoddError
+
+TEST_FRACTION = 0.3
+_VERSION = 1
+
+
+def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:
+    """Read the images under ``root`` at ``image_size`` px; classes are the sorted names of the class folders.
+
+    Raises:
+        HistoddError: no class folders, one class only, a class without images, a test class that training lacks, or a
+            ``groups.csv`` that cannot be used.
+    """
+    by_name = {folder.name.lower(): folder for folder in subfolders(root)}
+    notes: list[str] = []
+    if "test" in by_name and "train" not in by_name:
+        raise HistoddError(
+            f"{root} has {by_name['test'].name}/ but no train/: training images belong in train/<class>/"
+        )
+    train_root, test_root = by_name.get("train", root), by_name.get("test")
+    others = sorted(folder.name for name, folder in by_name.items() if name not in ("train", "test"))
+    if "train" in by_name and others:
+        notes.append(f"folders beside train and test are not used: {', '.join(map(printable, others))}")
+
+    classes, train = _class_files(train_root)
+    test: list[tuple[Path, int]] = []
+    if test_root is not None:
+        test_classes, test = _class_files(test_root)
+        unknown = sorted(set(test_classes) - set(classes))
+        if unknown:
+            raise HistoddError(
+                f"{test_root}: class {unknown[0]!r} is not in {train_root}: classes must have the same names in both"
+            )
+        test = [(path, classes.index(test_classes[label])) for path, label in test]
+
+    table, group_notes = _read_groups(root, [path for path, _ in train + test])
+    notes += group_notes
+    centre_names = tuple(sorted({centre for _, centre in table.values()}))
+    centres = {name: index for index, name in enumerate(centre_names)}
+    has_centres = any(centre_names)
+
+    def entry(path: Path, label: int) -> FileEntry:
+        group, centre = table[path]
+        return FileEntry(path, label, group, (("centres", centres[centre]),) if has_centres else ())
+
+    splits = {"train": [entry(*item) for item in train], "test": [entry(*item) for item in test]}
+    if test_root is None:
+        splits, note = _split(splits["train"], root, seed)
+        notes.append(note)
+    shared = {e.group for e in splits["train"]} & {e.group for e in splits["test"]}
+    if shared:
+        notes.append(
+            f"WARNING: {len(shared)} groups of groups.csv are in train/ and in test/ (e.g. {printable(min(shared))}): "
+            "the test set is not independent of the training set"
+        )
+    absent = sorted(set(range(len(classes))) - {e.label for e in splits["test"]})
+    if absent:
+        notes.append(f"the test set has no image of class {', '.join(classes[label] for label in absent)}")
+
+    def build(folder: Path) -> list[str]:
+        return notes + write_stores(
+            folder,
+            splits,
+            root=root,
+            classes=classes,
+            centre_names=tuple(name or "unknown" for name in centre_names) if has_centres else (),
+            image_size=image_size,
+            fit="crop",
+            workers=workers,
+            progress=progress,
+        )
+
+    files = [path for path, _ in train + test] + [root / "groups.csv"]
+    key = {
+        "adapter": f"imagefolder {_VERSION}",
+        "classes": classes,
+        "notes": notes,
+        "files": fingerprint(files, root),
+        "size": image_size,
+        "seed": seed if test_root is None else None,
+    }
+    return cached_dataset(cache, "imagefolder", key, False, build, progress)
+
+
+def _class_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names and (path, label) of every file in the class folders."""
+    folders = subfolders(folder)
+    if not folders:
+        raise HistoddError(
+            f"no class folders in {printable(folder)}: expected {printable(folder)}/<class>/<image files>"
+        )
+    if len(folders) == 1:
+        raise HistoddError(
+            f"one class only ({printable(folders[0].name)}) in {printable(folder)}: a classifier needs at least two"
+        )
+    found = []
+    for label, class_folder in enumerate(folders):
+        files = image_files(class_folder)
+        if not files:
+            raise HistoddError(f"class folder {printable(class_folder)} is empty: add images or remove the folder")
+        found += [(path, label) for path in files]
+    return [printable(folder.name) for folder in folders], found
+
+
+def _read_groups(root: Path, paths: list[Path]) -> tuple[dict[Path, tuple[str, str]], list[str]]:
+    """(group, centre) of every file, and what there is to say about them."""
+    own = {path: (str(path.relative_to(root)), "") for path in paths}
+    source = root / "groups.csv"
+    if not source.exists():
+        return own, [
+            "WARNING: no groups.csv: every file counts as its own slide, so patches of one slide or patient may be on both sides of a split"
+        ]
+    listed: dict[PurePosixPath, tuple[str, str]] = {}
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            missing = {"path", "group"} - set(rows.fieldnames or ())
+            if missing:
+                raise HistoddError(f"{source} has no column {min(missing)!r}: its first line must be path,group,centre")
+            for row in rows:
+                path, group = (row["path"] or "").strip(), (row["group"] or "").strip()
+                if not path or not group:
+                    raise HistoddError(f"{source}, line {rows.line_num}: path or group is empty")
+                key = PurePosixPath(path.replace("\\", "/"))
+                value = (group, (row.get("centre") or "").strip())
+                if listed.setdefault(key, value) != value:
+                    raise HistoddError(
+                        f"{source}, line {rows.line_num}: {path} is listed twice with different groups or centres"
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise HistoddError(
+            f"{source} cannot be read ({error}): it must be UTF-8 CSV with the columns path,group,centre"
+        ) from None
+    by_path = {path: listed.get(PurePosixPath(path.relative_to(root).as_posix())) for path in paths}
+    unlisted = [path for path, value in by_path.items() if value is None]
+    if len(unlisted) == len(paths):
+        raise HistoddError(f"{source} lists none of the {len(paths)} files: its paths must be relative to {root}")
+    notes = []
+    if unlisted:
+        first = printable(unlisted[0].relative_to(root))
+        notes.append(
+            f"WARNING: {len(unlisted)} files are not in groups.csv (e.g. {first}) and count as slides of their own"
+        )
+    extra = len(listed) - (len(paths) - len(unlisted))
+    if extra:
+        notes.append(f"groups.csv lists {extra} files that are not there")
+    return {path: value or own[path] for path, value in by_path.items()}, notes
+
+
+def _split(entries: list[FileEntry], root: Path, seed: int) -> tuple[dict[str, list[FileEntry]], str]:
+    names, groups = np.unique([entry.group for entry in entries], return_inverse=True)
+    if len(names) < 2:
+        raise HistoddError(
+            f"{root} has no test/ folder and one group only ({names[0]}): a split needs at least two groups"
+        )
+    test = draw_groups(np.array([entry.label for entry in entries]), groups, TEST_FRACTION, seed)
+    splits = {
+        "train": [entry for entry, group in zip(entries, groups, strict=True) if not test[group]],
+        "test": [entry for entry, group in zip(entries, groups, strict=True) if test[group]],
+    }
+    return splits, f"no test/ folder: {int(test.sum())} of {len(names)} groups are the test set, drawn with seed {seed}"

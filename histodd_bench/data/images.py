@@ -1,0 +1,213 @@
+"""Image files to patches: every common pixel format becomes RGB uint8; what cannot be read is named, never fatal."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from histodd_bench.data.store import StoreWriter
+from histodd_bench.errors import HistoddError
+
+_CHUNK = 512  # files decoded before they are written together
+
+Fit = Literal["crop", "pad"]
+
+
+class UnreadableImage(HistoddError):
+    """A file that is no readable image. ``reason`` is short enough to be counted and listed."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{printable(path)}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def printable(path: Path | str) -> str:
+    """A path that can be printed whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Read the first frame of an image file.
+
+    Grayscale, palette, CMYK and 1-bit images become RGB; 16-bit grayscale is scaled by its full range (65535 -> 255);
+    transparency is composited on white, the colour of empty glass. Orientation tags are ignored.
+
+    Returns:
+        ``[H,W,3]`` uint8.
+
+    Raises:
+        UnreadableImage: not an image, truncated, empty, of an unsupported pixel type, or unreasonably large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large images and odd metadata are not the user's problem here
+            with Image.open(path) as image:
+                image.load()
+                return np.asarray(_to_rgb(image))
+    except UnreadableImage:
+        raise
+    except Image.UnidentifiedImageError:
+        reason = "empty file" if os.path.getsize(path) == 0 else "not an image"
+        raise UnreadableImage(path, reason) from None
+    except Exception as error:  # decoders raise nearly anything on damaged input
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableImage(path, error.strerror if isinstance(error, OSError) and error.strerror else text) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel type {image.mode!r} (32 bit) has no defined white: save it with 8 or 16 bits")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(pixels: np.ndarray, fit: Fit) -> np.ndarray:
+    """Make ``[H,W,3]`` square: ``crop`` keeps the central square, ``pad`` adds white on both shorter sides."""
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels
+    side = min(height, width) if fit == "crop" else max(height, width)
+    top, left = abs(height - side) // 2, abs(width - side) // 2
+    if fit == "crop":
+        return pixels[top : top + side, left : left + side]
+    padded = np.full((side, side, 3), 255, dtype=np.uint8)
+    padded[top : top + height, left : left + width] = pixels
+    return padded
+
+
+@lru_cache(maxsize=64)
+def _area_weights(n_in: int, n_out: int) -> np.ndarray:
+    """``[n_out, n_in]`` float32: how much of every output pixel each input pixel covers. Rows sum to one."""
+    edges = np.linspace(0, n_in, n_out + 1)
+    left, right = edges[:-1, None], edges[1:, None]
+    pixel = np.arange(n_in)[None]
+    cover = np.clip(np.minimum(right, pixel + 1) - np.maximum(left, pixel), 0, None)
+    return (cover / cover.sum(1, keepdims=True)).astype(np.float32)
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize ``[H,W,3]`` uint8: exact area average where it shrinks, bilinear where it grows."""
+    h, w = pixels.shape[:2]
+    if (h, w) == (height, width):
+        return pixels
+    if h >= height and w >= width:
+        rows = np.tensordot(_area_weights(h, height), pixels.astype(np.float32), axes=(1, 0))
+        both = np.einsum("hwc,ow->hoc", rows, _area_weights(w, width), optimize=True)
+        return np.clip(np.floor(both + 0.5), 0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One image file that becomes one patch. ``columns`` are numbers kept beside it (x, y, centres)."""
+
+    path: Path
+    label: int
+    group: str
+    columns: tuple[tuple[str, int], ...] = ()
+
+
+def write_files(
+    writer: StoreWriter,
+    entries: Sequence[FileEntry],
+    *,
+    image_size: int,
+    fit: Fit,
+    workers: int = 1,
+    advance: Callable[[int], object] = lambda n: None,
+) -> list[UnreadableImage]:
+    """Read image files into a store, in order, and return what could not be read.
+
+    Args:
+        writer: an open store of ``image_size`` square patches.
+        entries: the files; all with the same columns.
+        image_size: side of the patches in pixels.
+        fit: what to do with images that are not square, see :func:`square`.
+        workers: decoding threads; the result does not depend on it.
+        advance: called with the number of files just done.
+    """
+
+    def read(entry: FileEntry) -> np.ndarray | UnreadableImage:
+        try:
+            return resize(square(read_rgb(entry.path), fit), image_size, image_size).transpose(2, 0, 1)
+        except UnreadableImage as error:
+            return error
+
+    skipped: list[UnreadableImage] = []
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for start in range(0, len(entries), _CHUNK):
+            chunk = entries[start : start + _CHUNK]
+            results = list(pool.map(read, chunk))
+            skipped += [result for result in results if isinstance(result, UnreadableImage)]
+            good = [(e, r) for e, r in zip(chunk, results, strict=True) if not isinstance(r, UnreadableImage)]
+            if good:
+                columns = {name: [dict(e.columns)[name] for e, _ in good] for name, _ in good[0][0].columns}
+                writer.append(
+                    np.stack([r for _, r in good]), [e.label for e, _ in good], [e.group for e, _ in good], **columns
+                )
+            advance(len(chunk))
+    return skipped
+
+
+def write_stores(
+    folder: Path,
+    splits: Mapping[str, Sequence[FileEntry]],
+    *,
+    root: Path,
+    classes: Sequence[str],
+    centre_names: Sequence[str] = (),
+    image_size: int,
+    fit: Fit,
+    workers: int = 1,
+    skipped: Sequence[tuple[Path, str]] = (),
+    progress: Any,
+) -> list[str]:
+    """Write one store per split under ``folder`` and say what was left out.
+
+    Args:
+        skipped: files the adapter left out already, with the reason; counted with the unreadable ones.
+
+    Returns:
+        Notes: at most one sentence.
+
+    Raises:
+        HistoddError: a class that the listing has is left without a single readable training image.
+    """
+    left_out = list(skipped)
+    total = len(left_out) + sum(map(len, splits.values()))
+    with progress.task(f"reading {root.resolve().name} at {image_size} px", total=total) as task:
+        for split, entries in splits.items():
+            with StoreWriter(folder / split, (image_size, image_size), classes, centre_names) as writer:
+                bad = write_files(
+                    writer, entries, image_size=image_size, fit=fit, workers=workers, advance=task.advance
+                )
+                counts = writer.finish().class_counts()
+            left_out += [(error.path, error.reason) for error in bad]
+            for name, count in zip(classes, counts, strict=True):
+                if split == "train" and count == 0:
+                    raise HistoddError(
+                        f"{printable(root)}: class {name!r} has no readable training image; {_skips(left_out, total, root)}"
+                    )
+    return [_skips(left_out, total, root)] if left_out else []
+
+
+def _skips(skipped: Sequence[tuple[Path, str]], total: int, root: Path) -> str:
+    """One sentence that counts skipped files and names the first five with their reasons."""
+    shown = [f"{printable(path.relative_to(root))} ({reason})" for path, reason in skipped[:5]]
+    more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    return f"{len(skipped)} of {total} files skipped" + (f": {', '.join(shown)}{more}" if shown else "")

@@ -1,0 +1,38 @@
+"""What lies in a folder, in a fixed order, and whether it has changed."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from histodd_bench.errors import HistoddError
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders directly inside, sorted by name, hidden ones left out; links to folders count."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise HistoddError(f"cannot list {folder}: {error.strerror or error}") from None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files inside, at any depth, sorted by path; hidden files and folders (``.DS_Store``, ``._x.png``) are left out."""
+    found: list[str] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    return [Path(path) for path in sorted(found)]
+
+
+def fingerprint(paths: Iterable[Path], root: Path) -> str:
+    """A hash of names, sizes and modification times: another one as soon as a file is added, removed or changed."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError as error:  # a dangling link: read later, and then counted and named
+            state = str(error.errno)
+        digest.update(os.fsencode(os.path.relpath(path, root)) + f"\0{state}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""Anyone's folder of patches: two to many classes, messy files, groups, centres, splits."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from histodd_bench.data import DATASETS, load_dataset
+from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.progress import Progress
+
+
+def load(root, image_size=8, **options):
+    cache = options.pop("cache", root.parent / "cache")
+    return load_dataset(
+        "imagefolder", root=root, image_size=image_size, cache=cache, progress=Progress.silent(), **options
+    )
+
+
+def add(root, split, name, count, colour=0, size=(12, 12)):
+    folder = root / split / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return [save(folder / f"{k}.png", colour + k, size) for k in range(count)]
+
+
+def save(path, value, size=(12, 12)):
+    Image.new("RGB", size, (value, 0, 255)).save(path)
+    return path
+
+
+def groups_csv(root, rows, header=("path", "group", "centre"), **options):
+    with open(root / "groups.csv", "w", newline="", **options) as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "set"
+    for c, name in enumerate("abc"):
+        add(root, "train", name, 4, 50 * c)
+        add(root, "test", name, 2, 50 * c + 20)
+    return root
+
+
+@pytest.mark.parametrize("classes", [2, 5, 9])
+def test_any_number_of_classes(tmp_path, classes):
+    for c in range(classes):
+        add(tmp_path / "set", "train", f"class {c}", 3, 20 * c)
+        add(tmp_path / "set", "test", f"class {c}", 2, 20 * c + 10)
+    ds = load(tmp_path / "set")
+    assert ds.train.classes == tuple(f"class {c}" for c in range(classes))
+    assert ds.train.class_counts() == [3] * classes and ds.test.class_counts() == [2] * classes
+    assert ds.train.images[:, 0, 0, 0].tolist() == [20 * c + k for c in range(classes) for k in range(3)]
+    assert not ds.procedural
+
+
+def test_without_groups_every_file_is_its_own_with_a_warning(root):
+    ds = load(root)
+    assert len(ds.train.group_names) == 12 and ds.train.centres is None
+    assert any(note.startswith("WARNING: no groups.csv") for note in ds.notes)
+
+
+def test_groups_and_centres(root):
+    rows = [(f"train/{c}/{k}.png", f"slide {k % 2}", "north" if k % 2 else "south") for c in "abc" for k in range(4)]
+    rows += [(f"test\\{c}\\{k}.png", "slide 9", "") for c in "abc" for k in range(2)]
+    groups_csv(root, rows, encoding="utf-8-sig")
+    ds = load(root)
+    assert set(ds.train.group_names) == {"slide 0", "slide 1"} and set(ds.test.group_names) == {"slide 9"}
+    assert [ds.train.centre_names[c] for c in ds.train.centres[:2]] == ["south", "north"]
+    assert {ds.test.centre_names[c] for c in ds.test.centres} == {"unknown"}
+    assert not any("WARNING" in note for note in ds.notes)
+
+
+def test_changed_groups_are_noticed(root):
+    rows = [(f"{s}/{c}/{k}.png", f"{s}{k}") for s, n in (("train", 4), ("test", 2)) for c in "abc" for k in range(n)]
+    groups_csv(root, rows, ("path", "group"))
+    assert len(load(root).train.group_names) == 4
+    groups_csv(root, [(path, group[:-1] + "x") for path, group in rows], ("path", "group"))
+    assert len(load(root).train.group_names) == 1
+
+
+def test_a_group_on_both_sides_is_a_warning(root):
+    groups_csv(root, [(f"{s}/{c}/{k}.png", "same") for s in ("train", "test") for c in "abc" for k in range(4)])
+    notes = load(root).notes
+    assert any("not independent" in note for note in notes) and any(
+        "6 files that are not there" in note for note in notes
+    )
+
+
+def test_unlisted_files_are_counted(root):
+    groups_csv(root, [("train/a/0.png", "s1", "x")])
+    assert any("17 files are not in groups.csv" in note for note in load(root).notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,group\ntrain/a/0.png,s\n", "no column 'path'"),
+        ("path,group\ntrain/a/0.png,\n", "line 2: path or group is empty"),
+        ("path,group\nelsewhere/a/0.png,s\n", "lists none of the 18 files"),
+        ("path,group\ntrain/a/0.png,s\ntrain/a/0.png,t\n", "line 3: train/a/0.png is listed twice"),
+        (b"path,group\n\xff\xfe,s\n", "cannot be read"),
+        ("", "no column"),
+    ],
+)
+def test_bad_group_files_are_named(root, text, message):
+    (root / "groups.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(HistoddError, match=message) as error:
+        load(root)
+    assert "groups.csv" in str(error.value)
+
+
+def test_without_test_folder_the_groups_are_split(tmp_path):
+    root = tmp_path / "set"
+    for c in "ab":
+        add(root, "train", c, 20)
+    groups_csv(root, [(f"train/{c}/{k}.png", f"patient {k // 2}") for c in "ab" for k in range(20)])
+    ds = load(root)
+    assert len(ds.train.group_names) == 7 and len(ds.test.group_names) == 3
+    assert not set(ds.train.group_names) & set(ds.test.group_names)
+    assert ds.test.class_counts() == [6, 6]
+    assert set(load(root, seed=3).test.group_names) != set(ds.test.group_names)
+    assert any("no test/ folder: 3 of 10 groups" in note for note in ds.notes)
+
+
+def test_class_folders_directly_in_the_root(tmp_path):
+    for c in range(3):
+        add(tmp_path, "set", f"c{c}", 10, 30 * c)
+    ds = load(tmp_path / "set")
+    assert ds.train.class_counts() == [7, 7, 7] and ds.test.class_counts() == [3, 3, 3]
+
+
+def test_one_group_cannot_be_split(tmp_path):
+    root = tmp_path / "set"
+    for c in "ab":
+        add(root, "train", c, 2)
+    groups_csv(root, [(f"train/{c}/{k}.png", "p", "") for c in "ab" for k in range(2)])
+    with pytest.raises(HistoddError, match="one group only"):
+        load(root)
+
+
+def test_messy_files(root):
+    (root / "train" / "a" / "Thumbs.db").write_bytes(b"\0" * 100)
+    (root / "train" / "a" / ".DS_Store").write_bytes(b"\0")
+    (root / ".git").mkdir()
+    (root / "val" / "a").mkdir(parents=True)
+    (root / "train" / "b" / "empty.jpg").touch()
+    (root / "train" / "b" / "gone.png").symlink_to(root / "nowhere.png")
+    nested = root / "train" / "c" / "slide 7"
+    nested.mkdir()
+    save(nested / "größe.png", 77)
+    cut = root / "test" / "c" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    Image.fromarray(np.full((9, 30), 60000, dtype=np.uint16)).save(root / "train" / "a" / "grey16.png")
+    Image.new("RGBA", (30, 9), (0, 0, 0, 0)).save(root / "train" / "a" / "clear.png")
+    ds = load(root)
+    assert ds.train.class_counts() == [6, 4, 5] and ds.test.class_counts() == [2, 2, 1]
+    (note,) = [note for note in ds.notes if "skipped" in note]
+    assert note.startswith("4 of 24 files skipped")
+    for part in ("Thumbs.db (not an image)", "empty.jpg (empty file)", "gone.png (No such file", "test/c/1.png"):
+        assert part in note
+    assert any("folders beside train and test are not used: val" in note for note in ds.notes)
+    values = ds.train.images[ds.train.labels == 0].flatten(1).float()
+    assert (values == 255).all(1).sum() == 1 and (values == 233).all(1).sum() == 1
+
+
+def test_a_class_without_a_readable_image(root):
+    for path in (root / "train" / "b").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(HistoddError, match=r"class 'b' has no readable training image; 4 of .* files skipped"):
+        load(root)
+    assert not any(path.is_dir() for path in (root.parent / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "no class folders in .*set"),
+        (lambda root: (root / "train").mkdir(), "no class folders in .*set/train"),
+        (lambda root: add(root, "train", "only", 3), r"one class only \(only\) in .*set/train"),
+        (
+            lambda root: (add(root, "train", "a", 3), (root / "train" / "b").mkdir()),
+            "class folder .*set/train/b is empty",
+        ),
+        (lambda root: add(root, "test", "a", 3), "has test/ but no train/"),
+        (
+            lambda root: [
+                add(root, s, c, 2) for s, c in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "B"))
+            ],
+            "class 'B' is not in",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, make, message):
+    root = tmp_path / "set"
+    root.mkdir()
+    make(root)
+    with pytest.raises(HistoddError, match=message) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_missing_from_test_is_noted(root):
+    for path in (root / "test" / "c").iterdir():
+        path.unlink()
+    (root / "test" / "c").rmdir()
+    ds = load(root)
+    assert ds.test.class_counts() == [2, 2, 0] and any("no image of class c" in note for note in ds.notes)
+
+
+def test_unwritable_cache(root, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HistoddError, match="cannot write"):
+        load(root, cache=tmp_path / "file" / "cache")
+
+
+def test_unknown_names_get_a_suggestion(tmp_path):
+    with pytest.raises(UsageError, match="did you mean 'imagefolder'"):
+        load_dataset("imagefoldr", image_size=8, cache=tmp_path, progress=Progress.silent())
+    with pytest.raises(UsageError, match="--image-size"):
+        load_dataset("demo", image_size=0, cache=tmp_path, progress=Progress.silent())
+    assert {"demo", "idc", "imagefolder"} <= DATASETS.keys()
