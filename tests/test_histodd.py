@@ -205,3 +205,24 @@ def test_the_first_adaptive_step_has_the_size_of_its_learning_rate(pool: ModelPo
     run.update_images(rows, 37 * torch.randn(run.images[rows].shape, generator=torch.Generator().manual_seed(0)))
     assert (run.images[rows] - 0.5).square().mean().sqrt() == pytest.approx(0.01, rel=1e-4)
     assert (run.images[run.labels == 1] == 0.5).all()
+
+
+@pytest.mark.parametrize(("balanced", "expected"), [(True, 0.5), (False, 0.2)])
+def test_the_networks_minibatch_is_balanced_or_natural(
+    balanced: bool, expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = two_classes(per_class=40).subset([*range(40), *range(40, 50)])
+    pool = ModelPool(train, PoolRecipe(arch="convnet-d3", width=4, networks=1, epochs=1), cache=tmp_path / "pool")
+    method = dataclasses.replace(TINY, balanced=balanced, real_batch=64)
+    run = histodd._Run(method, train, 2, pool, 0, torch.device("cpu"), tmp_path)
+    drawn: list[int] = []
+    original = run._view_real
+    monkeypatch.setattr(run, "_view_real", lambda i, draw: (drawn.extend(i.tolist()), original(i, draw))[1])
+    network = pool.load(0)
+    before = network.classifier.weight.clone()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(10):
+        run.update_network(network, optimizer)
+    assert (network.classifier.weight != before).any()
+    share = sum(train.labels[i].item() for i in drawn) / len(drawn)
+    assert abs(share - expected) < 0.08 and set(drawn) == set(range(50))
