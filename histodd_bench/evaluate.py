@@ -15,6 +15,7 @@ from torch import Tensor
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.files import read_state, save_state
 from histodd_bench.models import build
+from histodd_bench.sets import to_uint8
 from histodd_bench.stain import Preprocessing
 from histodd_bench.training import Trainer, TrainRecipe, predict
 
@@ -149,8 +150,3 @@ def storage(patches: PatchSet) -> dict[str, object]:
         "disk_bytes": disk,
         "estimated": n > _STORAGE_SAMPLE,
     }
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float patches in [0, 1] as rounded uint8; uint8 patches unchanged."""
-    return images if images.dtype == torch.uint8 else (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from small_sets import two_classes
 
-from histodd_bench.evaluate import compute_metrics, evaluate, storage, to_uint8
+from histodd_bench.evaluate import compute_metrics, evaluate, storage
+from histodd_bench.sets import to_uint8
 from histodd_bench.stain import describe
 from histodd_bench.training import TrainRecipe
 

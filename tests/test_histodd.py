@@ -226,3 +226,12 @@ def test_the_networks_minibatch_is_balanced_or_natural(
     assert (network.classifier.weight != before).any()
     share = sum(train.labels[i].item() for i in drawn) / len(drawn)
     assert abs(share - expected) < 0.08 and set(drawn) == set(range(50))
+
+
+def test_patches_in_any_memory_layout_give_the_same_images(pool: ModelPool, tmp_path: Path) -> None:
+    method = dataclasses.replace(TINY, outer_steps=1)
+    train = pool.train
+    strided = dataclasses.replace(train, images=train.images.contiguous(memory_format=torch.channels_last))
+    assert not strided.images.is_contiguous()
+    run = method(strided, 3, pool, 0, workdir=tmp_path / "strided", progress=Progress.silent())
+    torch.testing.assert_close(run.images, distil(method, pool, tmp_path / "plain"), rtol=1e-4, atol=1e-4)

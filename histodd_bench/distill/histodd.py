@@ -151,7 +151,8 @@ class _Run:
         write_bytes(workdir / "initial.safetensors", safetensors.torch.save({"images": self.images.cpu()}))
         self.velocity = torch.zeros_like(self.images)
         self.square_sum = torch.zeros(train.num_classes, device=device)  # of the gradients' mean squares, per class
-        self.outer_step, self.image_steps, self.history = 0, 0, []  # type: ignore[var-annotated]
+        self.outer_step, self.image_steps = 0, 0
+        self.history: list[dict[str, float]] = []
         self._resume()
 
     def matching_loss(self, network: nn.Module, label: int) -> tuple[Tensor, Tensor, Tensor]:
