@@ -2,10 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <c10/util/string_view.h>
 
 #include "gradient_distance.h"
+#include "macenko_fit.h"
 
 namespace histodd {
 
@@ -38,6 +41,37 @@ inline void check_gradient_lists(at::TensorList real, at::TensorList synthetic) 
                       ": all gradients lie on one device, got ", r.device(), " and ", s.device(), " after layer 0 on ",
                       real[0].device());
   }
+}
+
+// ---- macenko_fit ----
+
+inline FitOptions fit_options(const at::Tensor& image, double io, double beta, double alpha, double min_tissue,
+                              double min_concentration, c10::string_view interpolation, bool plus_one,
+                              c10::string_view sign) {
+  TORCH_CHECK_VALUE(image.dim() == 4 && image.size(1) == 3, "image must be [N,3,H,W], got ", image.sizes());
+  TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
+                    "image is uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
+  TORCH_CHECK_VALUE(image.layout() == at::kStrided, "image is dense, got ", image.layout());
+  TORCH_CHECK_VALUE(std::isfinite(io) && io > 0, "io must be positive, got ", io);
+  TORCH_CHECK_VALUE(std::isfinite(beta), "beta must be finite, got ", beta);
+  TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 50, "alpha must be a percentage from 0 to 50, got ", alpha);
+  TORCH_CHECK_VALUE(interpolation == "nearest" || interpolation == "linear",
+                    "interpolation must be one of ('nearest', 'linear'), got '", interpolation, "'");
+  TORCH_CHECK_VALUE(sign == "mean" || sign == "first", "sign must be one of ('mean', 'first'), got '", sign, "'");
+  return {io,       beta, alpha, min_tissue, min_concentration, plus_one, interpolation == "linear",
+          sign == "first"};
+}
+
+struct FitOutputs {
+  at::Tensor stain_matrix, max_concentration, status;
+};
+
+// Filled for images without pixels: too little tissue.
+inline FitOutputs fit_outputs(const at::Tensor& image) {
+  const int64_t n = image.size(0);
+  const auto options = image.options().dtype(image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return {at::zeros({n, 3, 2}, options), at::zeros({n, 2}, options),
+          at::full({n}, static_cast<int64_t>(kFitLittleTissue), image.options().dtype(at::kByte))};
 }
 
 }  // namespace histodd

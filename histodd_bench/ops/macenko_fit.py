@@ -1,21 +1,34 @@
 """Batched Macenko fit: stain matrix, maximum concentrations and a status for every patch, never NaN.
 
 Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.
+
+The fit is detached from autograd on purpose. Its exact derivative puts nearly all of its mass on the one to four pixels
+that happen to lie at the percentiles (its largest entry is thousands of times its median), and smooth stand-ins for it
+disagree with finite differences even in sign. The per-pixel map that uses a fit, ``stain_augment``, has exact gradients.
 """
 
 import torch
 from torch import Tensor
 
+from histodd_bench.ops._extension import build_info, use_compiled
 from histodd_bench.ops.stain_augment import IO
 
 OK, LITTLE_TISSUE, DEGENERATE, WEAK_STAIN, OUT_OF_RANGE = range(5)
 STATUS_NAMES = ("ok", "too little tissue", "degenerate", "weak stain", "out_of_range")
+INTERPOLATIONS = ("nearest", "linear")
+SIGNS = ("mean", "first")
 
 
-def _nearest_rank(values: Tensor, count: Tensor, q: float) -> Tensor:
-    """q-th percentile of the first ``count`` values of each ascending row: element round-half-even(q (count-1) / 100)."""
-    rank = torch.round(q * (count.double() - 1) / 100).long().clamp(min=0)
-    return values.gather(1, rank[:, None]).squeeze(1)
+def _percentile(values: Tensor, count: Tensor, q: float, linear: bool) -> Tensor:
+    """q-th percentile of the first ``count`` values of each ascending row, at the position q (count-1) / 100 from 0."""
+    position = (q * (count.double() - 1) / 100).clamp(min=0)
+    if not linear:
+        return values.gather(1, torch.round(position).long()[:, None]).squeeze(1)  # half to even
+    low = position.floor()
+    ends = torch.stack([low, torch.minimum(low + 1, (count - 1).clamp(min=0))], 1).long()
+    first, second = values.gather(1, ends).unbind(1)
+    second = torch.where(second.isfinite(), second, first)
+    return first + (second - first) * (position - low).to(values)
 
 
 def macenko_fit_reference(
@@ -26,62 +39,74 @@ def macenko_fit_reference(
     alpha: float = 1.0,
     min_tissue: float = 0.01,
     min_concentration: float = 0.1,
+    interpolation: str = "nearest",
+    plus_one: bool = True,
+    sign: str = "mean",
+    tissue_mask: Tensor | None = None,
+    check: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fit Macenko stain vectors to every patch of a batch, detached from autograd, in plain torch.
 
-    Args:
-        image: ``[N,3,H,W]`` uint8 in 0..255 or floating point in [0, 1].
-        io: transmitted light intensity in grey levels.
-        beta: pixels count as tissue where all three optical densities reach this.
-        alpha: robust extremes of the stain angle at the alpha-th and (100 - alpha)-th percentile (nearest rank).
-        min_tissue: smaller fractions of tissue pixels give status 1.
-        min_concentration: a 99th percentile below this gives status 3.
-
-    Returns:
-        ``stain_matrix [N,3,2]`` (haematoxylin, eosin; unit columns), ``max_concentration [N,2]`` (99th percentiles)
-        and ``status [N]`` uint8 (0 ok, 1 too little tissue, 2 degenerate, 3 weak stain, 4 out_of_range). Where the
-        status is not 0 the other two hold finite numbers without meaning and the patch should be left alone.
+    Arguments, results and errors are those of :func:`macenko_fit`.
     """
     if image.ndim != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"image is uint8 or floating point, got {image.dtype}")
+    if not io > 0:
+        raise ValueError(f"io must be positive, got {io}")
+    if not 0 <= alpha <= 50:
+        raise ValueError(f"alpha must be a percentage from 0 to 50, got {alpha}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
+    if sign not in SIGNS:
+        raise ValueError(f"sign must be one of {SIGNS}, got {sign!r}")
+    if tissue_mask is not None and (
+        tissue_mask.dtype != torch.bool or tissue_mask.shape != (len(image), *image.shape[2:])
+    ):
+        raise ValueError(f"tissue_mask must be [N,H,W] bool, got {tuple(tissue_mask.shape)} {tissue_mask.dtype}")
     compute = torch.float64 if image.dtype == torch.float64 else torch.float32
     n, pixels = image.shape[0], image.shape[2] * image.shape[3]
     if n == 0 or pixels == 0:
         empty = torch.full((n,), LITTLE_TISSUE, dtype=torch.uint8, device=image.device)
         return image.new_zeros((n, 3, 2), dtype=compute), image.new_zeros((n, 2), dtype=compute), empty
+    linear = interpolation == "linear"
     x = image.detach().to(compute).reshape(n, 3, pixels)
     out_of_range = torch.zeros(n, dtype=torch.bool, device=image.device)
     if image.is_floating_point():
         out_of_range = ~((x >= 0) & (x <= 1 + 1e-3)).flatten(1).all(1)
         x = torch.where(out_of_range[:, None, None], torch.ones_like(x), x) * 255.0
-    od = -torch.log((x + 1.0) / io)
+    od = -torch.log((x + 1.0) / io) if plus_one else -torch.log(x.clamp(1.0, io) / io)
     tissue = (od >= beta).all(1)
+    if tissue_mask is not None:
+        tissue = tissue & tissue_mask.reshape(n, pixels)
     count = tissue.sum(1)
-    little = count < max(min_tissue * pixels, 3)
-    weight = tissue.to(compute)[:, None]
-    total = count.clamp(min=2).to(compute)[:, None, None]
+    little = (count < min_tissue * pixels) | (count < 3)
+    weight = tissue.double()[:, None]
+    total = count.clamp(min=2).double()[:, None, None]
     mean = (od * weight).sum(2, keepdim=True) / total
     centred = (od - mean) * weight
-    covariance = centred @ centred.mT / (total - 1)
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    flat = eigenvalues[:, 1] <= 1e-7 * eigenvalues[:, 2].clamp(min=1e-12)
+    eigenvalues, eigenvectors = torch.linalg.eigh(centred @ centred.mT / (total - 1))
+    flat = eigenvalues[:, 1] <= (1e-7 * eigenvalues[:, 2]).clamp(min=1e-12)
     plane = eigenvectors[:, :, [2, 1]]
-    sign = torch.where((plane.mT @ mean).squeeze(2) < 0, -1.0, 1.0).to(compute)
-    plane = plane * sign[:, None, :]
-    projected = plane.mT @ od
+    along = (plane.mT @ mean).squeeze(2) if sign == "mean" else plane[:, 0]
+    plane = plane * torch.where(along < 0, -1.0, 1.0)[:, None, :]
+    projected = plane.to(compute).mT @ od
     angle = torch.atan2(projected[:, 1], projected[:, 0]).masked_fill(~tissue, torch.inf).sort(1).values
-    extremes = torch.stack([_nearest_rank(angle, count, alpha), _nearest_rank(angle, count, 100 - alpha)], 1)
-    extremes = extremes.nan_to_num(0.0, 0.0, 0.0)
+    extremes = torch.stack([_percentile(angle, count, q, linear) for q in (alpha, 100 - alpha)], 1)
+    extremes = extremes.nan_to_num(0.0, 0.0, 0.0).double()
     vectors = plane @ torch.stack([extremes.cos(), extremes.sin()], 1)
     swap = vectors[:, 0, 0] < vectors[:, 0, 1]
     stain = torch.where(swap[:, None, None], vectors.flip(2), vectors)
     gram = stain.mT @ stain
     determinant = gram[:, 0, 0] * gram[:, 1, 1] - gram[:, 0, 1] ** 2
     degenerate = flat | (determinant < 1e-6)
-    safe = torch.where(degenerate[:, None, None], torch.eye(3, 2, dtype=compute, device=image.device), stain)
-    concentration = pinv(safe) @ od
+    failed = out_of_range | little | degenerate
+    stain = torch.where(failed[:, None, None], torch.eye(3, 2, dtype=torch.float64, device=image.device), stain)
+    concentration = pinv(stain).to(compute) @ od
     everything = torch.full((n,), pixels, device=image.device)
-    top = torch.stack([_nearest_rank(concentration[:, i].sort(1).values, everything, 99.0) for i in (0, 1)], 1)
+    top = torch.stack([_percentile(concentration[:, i].sort(1).values, everything, 99.0, linear) for i in (0, 1)], 1)
+    top = top.masked_fill(failed[:, None], 0.0)
     status = torch.zeros(n, dtype=torch.uint8, device=image.device)
     for condition, code in (
         ((top < min_concentration).any(1), WEAK_STAIN),
@@ -90,7 +115,7 @@ def macenko_fit_reference(
         (out_of_range, OUT_OF_RANGE),
     ):
         status = torch.where(condition, torch.full_like(status, code), status)
-    return safe, top, status
+    return _checked((stain.to(compute), top, status), check)
 
 
 def pinv(stain_matrix: Tensor) -> Tensor:
@@ -101,4 +126,99 @@ def pinv(stain_matrix: Tensor) -> Tensor:
     return inverse @ stain_matrix.mT
 
 
-macenko_fit = macenko_fit_reference
+def _checked(fit: tuple[Tensor, Tensor, Tensor], check: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if check:
+        wrong = (fit[2] == OUT_OF_RANGE).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"images must lie in [0, 1] (uint8: 0..255) and hold no NaN; out of range: {wrong[:10]}"
+                f"{' and more' if len(wrong) > 10 else ''} of {len(fit[2])}"
+            )
+    return fit
+
+
+def macenko_fit(
+    image: Tensor,
+    *,
+    io: float = IO,
+    beta: float = 0.15,
+    alpha: float = 1.0,
+    min_tissue: float = 0.01,
+    min_concentration: float = 0.1,
+    interpolation: str = "nearest",
+    plus_one: bool = True,
+    sign: str = "mean",
+    tissue_mask: Tensor | None = None,
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit Macenko stain vectors to every patch of a batch, detached from autograd, without host synchronisation.
+
+    Args:
+        image: ``[N,3,H,W]`` uint8 in 0..255 or floating point in [0, 1]; contiguous and channels_last are read as they
+            are. float16 and bfloat16 are computed in float32.
+        io: transmitted light intensity in grey levels.
+        beta: pixels count as tissue where all three optical densities reach this.
+        alpha: robust extremes of the stain angle at the alpha-th and (100 - alpha)-th percentile of the tissue, 0 to 50.
+        min_tissue: smaller fractions of tissue pixels give status 1, and so do fewer than three pixels.
+        min_concentration: a maximum concentration below this gives status 3.
+        interpolation: of percentiles q of n values. ``nearest`` takes the element of rank round-half-even(q (n-1) / 100),
+            counted from 0; ``linear`` goes between the two elements around that position, as numpy does.
+        plus_one: optical density is ``-ln((I + 1) / io)``; if false ``-ln(clamp(I, 1, io) / io)``.
+        sign: eigenvectors point to where the mean density projects positively (``mean``) or to a positive red component
+            (``first``, which wraps the angle around pi where the first axis runs across the stains).
+        tissue_mask: ``[N,H,W]`` bool, pixels that may count as tissue; computed by the slower torch reference.
+        check: synchronise and raise if an image is out of range.
+
+    Returns:
+        ``stain_matrix [N,3,2]`` (haematoxylin, the one with the larger red component, then eosin; unit columns),
+        ``max_concentration [N,2]`` (99th percentiles over all pixels) and ``status [N]`` uint8: 0 ok, 1 too little
+        tissue, 2 degenerate (no plane or no two stains), 3 weak stain, 4 out_of_range (a value below 0 or beyond
+        1 + 1e-3, NaN or Inf). Where the status is not 0 the other two hold finite numbers without meaning, and the
+        patch should be left alone. float64 for float64 images, else float32; the same bits for any number of threads.
+
+    Raises:
+        ValueError: wrong shape, dtype or option; with ``check``, images out of range.
+    """
+    if tissue_mask is None and use_compiled(image.device):
+        return _checked(
+            torch.ops.histodd.macenko_fit(
+                image.detach(), io, beta, alpha, min_tissue, min_concentration, interpolation, plus_one, sign
+            ),
+            check,
+        )
+    return macenko_fit_reference(
+        image,
+        io=io,
+        beta=beta,
+        alpha=alpha,
+        min_tissue=min_tissue,
+        min_concentration=min_concentration,
+        interpolation=interpolation,
+        plus_one=plus_one,
+        sign=sign,
+        tissue_mask=tissue_mask,
+        check=check,
+    )
+
+
+def _fake(
+    image: Tensor,
+    io: float,
+    beta: float,
+    alpha: float,
+    min_tissue: float,
+    min_concentration: float,
+    interpolation: str,
+    plus_one: bool,
+    sign: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = image.shape[0], torch.float64 if image.dtype == torch.float64 else torch.float32
+    return (
+        image.new_empty((n, 3, 2), dtype=dtype),
+        image.new_empty((n, 2), dtype=dtype),
+        image.new_empty((n,), dtype=torch.uint8),
+    )
+
+
+if build_info():
+    torch.library.register_fake("histodd::macenko_fit", _fake)

@@ -1,0 +1,322 @@
+// macenko_fit on the CPU. Each image takes three passes over chunks of pixels that stay in cache: optical densities and
+// their moments; angle keys of the tissue; concentrations of all pixels. The percentiles lie in the tails, so a pass
+// keeps only the keys beyond a threshold guessed from a sample, and std::nth_element selects among those: exact whatever
+// the guess, which only decides how much is kept (everything, in a second pass, when it was too tight).
+// Batches run in parallel over images, or over the chunks of each image when there are few. Moments are summed chunk by
+// chunk, in order, and selection does not depend on order: the bits are the same for any number of threads.
+#include "../macenko_fit.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../checks.h"
+#include "instruction_sets.h"
+
+namespace histodd {
+namespace {
+
+constexpr int64_t kChunk = 4096;  // pixels per unit of work
+constexpr int64_t kBlock = 512;   // pixels whose keys wait in the L1 cache for selection
+constexpr int64_t kSampled = 1024;
+
+// ---- Passes: bodies compiled for every instruction set --------------------------------------------------------------
+
+// Optical densities of one channel; Stride is 3 for channels_last. Sets *bad where a value is out of range.
+template <typename In, typename T, int Stride>
+struct DensityPass {
+  HISTODD_HOT static void run(const In* x, int64_t n, Density<T> density, const T* table, T* od, int* bad) {
+    if constexpr (std::is_same_v<In, uint8_t>) {
+      for (int64_t i = 0; i < n; ++i) od[i] = table[x[i * Stride]];
+    } else {
+      int wrong = 0;
+#pragma omp simd reduction(| : wrong)
+      for (int64_t i = 0; i < n; ++i) {
+        const T v = static_cast<T>(x[i * Stride]);
+        wrong |= !((v >= T(0)) & (v <= T(kLargestImageValue)));
+        od[i] = optical_density(v, density);
+      }
+      *bad |= wrong;
+    }
+  }
+};
+
+template <typename T>
+HISTODD_HOT bool is_tissue(T r, T g, T b, T beta) {
+  return (r >= beta) & (g >= beta) & (b >= beta);
+}
+
+template <typename T>
+struct MomentsPass {
+  HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, T beta, Moments* out) {
+    double count = 0, sr = 0, sg = 0, sb = 0, rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
+#pragma omp simd reduction(+ : count, sr, sg, sb, rr, rg, rb, gg, gb, bb)
+    for (int64_t i = 0; i < n; ++i) {
+      const bool tissue = is_tissue(r[i], g[i], b[i], beta);
+      const double x = tissue ? r[i] : T(0), y = tissue ? g[i] : T(0), z = tissue ? b[i] : T(0);
+      count += tissue ? 1.0 : 0.0;
+      sr += x;
+      sg += y;
+      sb += z;
+      rr += x * x;
+      rg += x * y;
+      rb += x * z;
+      gg += y * y;
+      gb += y * z;
+      bb += z * z;
+    }
+    *out = {count, {sr, sg, sb}, {rr, rg, rb, gg, gb, bb}};
+  }
+};
+
+// Two streams of keys, NaN where a pixel does not count. What is wanted of both are the largest.
+template <typename T>
+struct AngleKeys {  // minus and plus the angle key of tissue pixels
+  T u[3], v[3], beta;
+  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+    const T key = angle_key(u[0] * r + u[1] * g + u[2] * b, v[0] * r + v[1] * g + v[2] * b);
+    second = is_tissue(r, g, b, beta) ? key : std::numeric_limits<T>::quiet_NaN();
+    first = -second;
+  }
+};
+
+template <typename T>
+struct ConcentrationKeys {  // the two concentrations of all pixels
+  T u[3], v[3];
+  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+    first = u[0] * r + u[1] * g + u[2] * b;
+    second = v[0] * r + v[1] * g + v[2] * b;
+  }
+};
+
+// Appends to `first` and `second` the keys that reach their thresholds, and to the counts their numbers.
+template <typename T, typename Keys>
+struct TailPass {
+  HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, Keys keys, T first_from, T second_from,
+                              T* first, int64_t* first_count, T* second, int64_t* second_count) {
+    T p[kBlock], q[kBlock];
+    int64_t np = 0, nq = 0;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) keys(r[begin + i], g[begin + i], b[begin + i], p[i], q[i]);
+      for (int64_t i = 0; i < size; ++i) {
+        first[np] = p[i];
+        np += p[i] >= first_from;
+        second[nq] = q[i];
+        nq += q[i] >= second_from;
+      }
+    }
+    *first_count = np;
+    *second_count = nq;
+  }
+};
+
+// ---- One image ------------------------------------------------------------------------------------------------------
+
+// Memory of one worker, reused from image to image.
+template <typename T>
+struct Scratch {
+  int64_t pixels, chunks;
+  std::unique_ptr<T[]> od, tail[2];  // [3, pixels], [pixels] each: every chunk writes to its own part
+  std::vector<Moments> moments;
+  std::vector<int64_t> count[2];
+  std::vector<int> bad;
+  std::vector<T> sample[3];  // optical densities of the sampled pixels
+
+  explicit Scratch(int64_t p)
+      : pixels(p),
+        chunks((p + kChunk - 1) / kChunk),
+        od(new T[3 * p]),
+        tail{std::unique_ptr<T[]>(new T[p]), std::unique_ptr<T[]>(new T[p])},
+        moments(chunks),
+        count{std::vector<int64_t>(chunks), std::vector<int64_t>(chunks)},
+        bad(chunks) {}
+
+  const T* channel(int c) const { return od.get() + c * pixels; }
+
+  template <typename F>
+  void over_chunks(F f) const {
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) f(c, c * kChunk, std::min(kChunk, pixels - c * kChunk));
+    });
+  }
+};
+
+// The `rank`-th largest of v[0, n), counted from 0, and the one above it (itself at rank 0).
+template <typename T>
+std::array<double, 2> largest(T* v, int64_t n, int64_t rank) {
+  std::nth_element(v, v + rank, v + n, std::greater<T>());
+  const T here = v[rank];
+  return {static_cast<double>(here), static_cast<double>(rank ? *std::min_element(v, v + rank) : here)};
+}
+
+// A threshold that a little more than `rank` + 1 of `count` keys should reach.
+template <typename T>
+T guess_threshold(std::vector<T>& sample, int64_t rank, int64_t count) {
+  sample.erase(std::remove_if(sample.begin(), sample.end(), [](T k) { return k != k; }), sample.end());
+  const double expected = static_cast<double>(rank + 1) / static_cast<double>(count) * sample.size();
+  const int64_t wanted = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 2);
+  if (2 * wanted >= static_cast<int64_t>(sample.size())) return -std::numeric_limits<T>::infinity();
+  return static_cast<T>(largest(sample.data(), sample.size(), wanted)[0]);
+}
+
+// Of both streams of keys, with `count` that are not NaN: the element `rank` from the top and the one above it.
+template <typename T, typename Keys>
+std::array<std::array<double, 2>, 2> top_of(Scratch<T>& s, const Keys& keys, int64_t count,
+                                            std::array<int64_t, 2> rank) {
+  std::array<T, 2> from;
+  std::vector<T> sampled[2];
+  for (size_t i = 0; i < s.sample[0].size(); ++i) {
+    T p, q;
+    keys(s.sample[0][i], s.sample[1][i], s.sample[2][i], p, q);
+    sampled[0].push_back(p);
+    sampled[1].push_back(q);
+  }
+  for (int k : {0, 1}) from[k] = guess_threshold(sampled[k], rank[k], count);
+  int64_t kept[2];
+  while (true) {
+    s.over_chunks([&](int64_t c, int64_t begin, int64_t n) {
+      run_best<TailPass<T, Keys>>(s.channel(0) + begin, s.channel(1) + begin, s.channel(2) + begin, n, keys, from[0],
+                                  from[1], s.tail[0].get() + begin, &s.count[0][c], s.tail[1].get() + begin,
+                                  &s.count[1][c]);
+    });
+    bool enough = true;
+    for (int k : {0, 1}) {
+      kept[k] = 0;
+      for (int64_t n : s.count[k]) kept[k] += n;
+      if (kept[k] > rank[k]) continue;
+      from[k] = -std::numeric_limits<T>::infinity();
+      enough = false;
+    }
+    if (enough) break;
+  }
+  std::array<std::array<double, 2>, 2> out;
+  for (int k : {0, 1}) {
+    T *tail = s.tail[k].get(), *end = tail;
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      const T* part = tail + c * kChunk;
+      end = std::copy(part, part + s.count[k][c], end);  // never beyond the part itself
+    }
+    out[k] = largest(tail, kept[k], rank[k]);
+  }
+  return out;
+}
+
+template <typename T>
+void narrow(const double (&from)[3], T (&to)[3]) {
+  for (int i = 0; i < 3; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+template <typename In, typename T, int Stride>
+Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& o) {
+  const Density<T> density = make_density<T>(o);
+  const T beta = static_cast<T>(o.beta);
+  s.over_chunks([&](int64_t c, int64_t begin, int64_t n) {
+    s.bad[c] = 0;
+    T* od = s.od.get() + begin;
+    for (int k = 0; k < 3; ++k) {
+      const In* x = Stride == 1 ? image + k * s.pixels + begin : image + k + 3 * begin;
+      run_best<DensityPass<In, T, Stride>>(x, n, density, table, od + k * s.pixels, &s.bad[c]);
+    }
+    run_best<MomentsPass<T>>(od, od + s.pixels, od + 2 * s.pixels, n, beta, &s.moments[c]);
+  });
+  Moments moments;
+  for (const Moments& m : s.moments) moments.add(m);
+  if (std::any_of(s.bad.begin(), s.bad.end(), [](int b) { return b != 0; })) return failed_fit(kFitOutOfRange);
+  if (too_little_tissue(moments.count, s.pixels, o)) return failed_fit(kFitLittleTissue);
+  const Plane plane = principal_plane(moments, o.sign_by_first);
+  if (plane.flat) return failed_fit(kFitDegenerate);
+
+  // An odd step, so that no column of the image is left out.
+  const int64_t step = std::max<int64_t>(s.pixels / kSampled, 16) | 1;
+  for (int k = 0; k < 3; ++k) {
+    s.sample[k].clear();
+    for (int64_t i = 0; i < s.pixels; i += step) s.sample[k].push_back(s.channel(k)[i]);
+  }
+
+  const int64_t count = static_cast<int64_t>(moments.count);
+  const Rank low = percentile_rank(o.alpha, count, o.linear), high = percentile_rank(100 - o.alpha, count, o.linear);
+  AngleKeys<T> angle;
+  narrow(plane.first, angle.u);
+  narrow(plane.second, angle.v);
+  angle.beta = beta;
+  const auto key = top_of(s, angle, count, {low.high, count - 1 - high.low});
+  const double low_angle = interpolate(key_angle(-key[0][low.high > low.low]), key_angle(-key[0][0]), low.fraction);
+  const double high_angle = interpolate(key_angle(key[1][0]), key_angle(key[1][high.high > high.low]), high.fraction);
+  const Stains stains = stain_vectors(plane, low_angle, high_angle);
+  if (stains.degenerate) return failed_fit(kFitDegenerate);
+
+  const Rank rank = percentile_rank(kMaxConcentrationPercentile, s.pixels, o.linear);
+  ConcentrationKeys<T> concentration;
+  narrow(stains.inverse[0], concentration.u);
+  narrow(stains.inverse[1], concentration.v);
+  const auto top = top_of(s, concentration, s.pixels, {s.pixels - 1 - rank.low, s.pixels - 1 - rank.low});
+  const int next = rank.high > rank.low;
+  return finished_fit(stains, interpolate(top[0][0], top[0][next], rank.fraction),
+                      interpolate(top[1][0], top[1][next], rank.fraction), o);
+}
+
+// ---- The batch ------------------------------------------------------------------------------------------------------
+
+template <typename In, typename T, int Stride>
+void fit_batch(const at::Tensor& image, const FitOptions& o, const FitOutputs& out) {
+  const int64_t images = image.size(0), pixels = image.size(2) * image.size(3);
+  const In* data = image.const_data_ptr<In>();
+  std::array<T, 256> table;
+  for (int i = 0; i < 256; ++i) table[i] = static_cast<T>(grey_density(i, o));
+  T* matrix = out.stain_matrix.mutable_data_ptr<T>();
+  T* top = out.max_concentration.mutable_data_ptr<T>();
+  uint8_t* status = out.status.mutable_data_ptr<uint8_t>();
+  // Few images: one after the other, each with all threads on its chunks.
+  const int64_t threads = at::get_num_threads();
+  const bool whole = images >= 4 * threads || images % threads == 0;
+  at::parallel_for(0, images, whole ? 1 : images, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(pixels);
+    for (int64_t i = begin; i < end; ++i) {
+      const Fit fit = fit_image<In, T, Stride>(data + i * 3 * pixels, scratch, table.data(), o);
+      for (int k = 0; k < 6; ++k) matrix[6 * i + k] = static_cast<T>(fit.matrix[k / 2][k % 2]);
+      for (int k = 0; k < 2; ++k) top[2 * i + k] = static_cast<T>(fit.top[k]);
+      status[i] = fit.status;
+    }
+  });
+}
+
+template <typename In, typename T>
+void fit_layout(const at::Tensor& image, const FitOptions& o, const FitOutputs& out) {
+  if (image.is_contiguous()) return fit_batch<In, T, 1>(image, o, out);
+  if (image.is_contiguous(at::MemoryFormat::ChannelsLast)) return fit_batch<In, T, 3>(image, o, out);
+  return fit_batch<In, T, 1>(image.contiguous(), o, out);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> macenko_fit(const at::Tensor& image, double io, double beta,
+                                                           double alpha, double min_tissue, double min_concentration,
+                                                           c10::string_view interpolation, bool plus_one,
+                                                           c10::string_view sign) {
+  const FitOptions o =
+      fit_options(image, io, beta, alpha, min_tissue, min_concentration, interpolation, plus_one, sign);
+  const FitOutputs out = fit_outputs(image);
+  if (image.numel() > 0) {
+    if (image.scalar_type() == at::kDouble) {
+      fit_layout<double, double>(image, o, out);
+    } else if (image.scalar_type() == at::kByte) {
+      fit_layout<uint8_t, float>(image, o, out);
+    } else {
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, image.scalar_type(), "macenko_fit",
+                                      [&] { fit_layout<scalar_t, float>(image, o, out); });
+    }
+  }
+  return {out.stain_matrix, out.max_concentration, out.status};
+}
+
+}  // namespace
+}  // namespace histodd
+
+TORCH_LIBRARY_IMPL(histodd, CPU, m) { m.impl("macenko_fit", histodd::macenko_fit); }

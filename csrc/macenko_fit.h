@@ -1,0 +1,283 @@
+// Maths of macenko_fit, shared by the CPU and CUDA files. The fit is detached, so nothing here has a vjp: its derivative
+// would put nearly all of its mass on the one to four pixels at the percentiles.
+// Percentiles are selected, never sorted, and the angle of a pixel is never computed: a cheap key that grows with the
+// angle selects the same pixel, and only the selected keys are turned into angles.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifndef HISTODD_HD
+#ifdef __CUDACC__
+#define HISTODD_HD __host__ __device__ __forceinline__
+#else
+#define HISTODD_HD inline
+#endif
+#endif
+
+// For what is called in every iteration of a vectorised loop: a call that is not inlined would stop the vectoriser.
+#if defined(__CUDACC__)
+#define HISTODD_HOT __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define HISTODD_HOT inline __attribute__((always_inline))
+#else
+#define HISTODD_HOT inline
+#endif
+
+namespace histodd {
+
+enum FitStatus : uint8_t { kFitOk, kFitLittleTissue, kFitDegenerate, kFitWeakStain, kFitOutOfRange };
+
+constexpr double kMaxConcentrationPercentile = 99.0;
+constexpr double kLargestImageValue = 1.0 + 1e-3;  // float rounding just above one is no reason to refuse an image
+
+struct FitOptions {
+  double io, beta, alpha, min_tissue, min_concentration;
+  bool plus_one;          // od = -ln((I + 1) / io); otherwise -ln(clamp(I, 1, io) / io)
+  bool linear;            // percentiles by linear interpolation instead of the nearest rank
+  bool sign_by_first;     // eigenvectors point to a positive first component instead of towards the mean
+};
+
+// ---- Optical density ------------------------------------------------------------------------------------------------
+
+// od = -ln(clamp(scale x + shift, low, high)) of an intensity x in [0, 1].
+template <typename T>
+struct Density {
+  T scale, shift, low, high;
+};
+
+template <typename T>
+inline Density<T> make_density(const FitOptions& o) {
+  if (o.plus_one) return {T(255 / o.io), T(1 / o.io), T(1e-6), T(1e6)};
+  return {T(255 / o.io), T(0), T(1 / o.io), T(1)};
+}
+
+HISTODD_HOT double fit_log(double x) { return log(x); }
+
+// ln x of a positive, normal x, within 1 ulp of x - 1 near one and 1.5 ulp elsewhere; vectorises.
+HISTODD_HOT float fit_log(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  const int32_t half = 0x3f3504f3;  // sqrt(1/2): the mantissa is brought into [sqrt(1/2), sqrt(2))
+  const int32_t exponent = (bits - half) >> 23;
+  bits -= exponent << 23;
+  float m;
+  memcpy(&m, &bits, 4);
+  const float t = m - 1.0f, e = static_cast<float>(exponent);
+  float q = 0.0870036259f;  // minimax for the relative error of t - t^2/2 + t^3 q(t)
+  q = q * t - 0.142674774f;
+  q = q * t + 0.149147868f;
+  q = q * t - 0.165775865f;
+  q = q * t + 0.199630618f;
+  q = q * t - 0.250013381f;
+  q = q * t + 0.333339095f;
+  const float tt = t * t;
+  const float small = tt * t * q - 0.5f * tt + e * -2.12194440e-4f;  // ln 2 in two parts
+  return t + small + e * 0.693359375f;
+#endif
+}
+
+template <typename T>
+HISTODD_HOT T optical_density(T x, const Density<T>& d) {
+  T y = d.scale * x + d.shift;
+  y = y < d.low ? d.low : y;
+  y = y > d.high ? d.high : y;
+  return -fit_log(y);
+}
+
+// Of a grey level, for the table that uint8 images use.
+inline double grey_density(int level, const FitOptions& o) { return optical_density(level / 255.0, make_density<double>(o)); }
+
+template <typename T>
+HISTODD_HOT bool in_range(T x) {
+  return x >= T(0) && x <= T(kLargestImageValue);  // false for NaN
+}
+
+// ---- Angles ---------------------------------------------------------------------------------------------------------
+
+// Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|) and its mirror image.
+template <typename T>
+HISTODD_HOT T angle_key(T x, T y) {
+  const T ax = x < T(0) ? -x : x, ay = y < T(0) ? -y : y, sum = ax + ay;
+  const T d = y / (sum > T(1e-30) ? sum : T(1e-30));
+  const T mirrored = y < T(0) ? T(-2) - d : T(2) - d;
+  return x < T(0) ? mirrored : d;
+}
+
+HISTODD_HD double key_angle(double key) {
+  if (key > 1) return atan2(2 - key, 1 - key);
+  if (key < -1) return atan2(-2 - key, 1 + key);
+  return atan2(key, 1 - fabs(key));
+}
+
+// ---- Percentiles ----------------------------------------------------------------------------------------------------
+
+// Between the elements of ascending ranks `low` and `high` (counted from 0), `fraction` of the way.
+struct Rank {
+  int64_t low, high;
+  double fraction;
+};
+
+HISTODD_HD Rank percentile_rank(double percent, int64_t count, bool linear) {
+  const double position = percent * static_cast<double>(count - 1) / 100.0;
+  if (!linear) {
+    const int64_t k = static_cast<int64_t>(rint(position));  // half to even
+    return {k, k, 0.0};
+  }
+  const int64_t k = static_cast<int64_t>(floor(position));
+  return {k, k + 1 < count ? k + 1 : k, position - static_cast<double>(k)};
+}
+
+HISTODD_HD double interpolate(double low, double high, double fraction) { return low + (high - low) * fraction; }
+
+// ---- Moments, plane, stain vectors ----------------------------------------------------------------------------------
+
+struct Moments {
+  double count = 0, sum[3] = {0, 0, 0}, product[6] = {0, 0, 0, 0, 0, 0};  // rr, rg, rb, gg, gb, bb
+
+  HISTODD_HD void add(const Moments& m) {
+    count += m.count;
+    for (int i = 0; i < 3; ++i) sum[i] += m.sum[i];
+    for (int i = 0; i < 6; ++i) product[i] += m.product[i];
+  }
+};
+
+HISTODD_HD bool too_little_tissue(double count, int64_t pixels, const FitOptions& o) {
+  return count < 3 || count < o.min_tissue * static_cast<double>(pixels);
+}
+
+// Eigenvectors (columns of v) and eigenvalues (the diagonal of a) of a symmetric matrix, by cyclic Jacobi rotations.
+HISTODD_HD void jacobi(double a[3][3], double v[3][3]) {
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j) v[i][j] = i == j;
+  }
+  for (int sweep = 0; sweep < 12; ++sweep) {
+    const double off = fabs(a[0][1]) + fabs(a[0][2]) + fabs(a[1][2]);
+    if (off <= 1e-18 * (fabs(a[0][0]) + fabs(a[1][1]) + fabs(a[2][2]))) return;
+    for (int p = 0; p < 2; ++p) {
+      for (int q = p + 1; q < 3; ++q) {
+        if (a[p][q] == 0) continue;
+        const double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
+        const double t = (theta < 0 ? -1.0 : 1.0) / (fabs(theta) + sqrt(theta * theta + 1));
+        const double c = 1 / sqrt(t * t + 1), s = t * c;
+        for (int k = 0; k < 3; ++k) {
+          const double kp = a[k][p], kq = a[k][q];
+          a[k][p] = c * kp - s * kq;
+          a[k][q] = s * kp + c * kq;
+        }
+        for (int k = 0; k < 3; ++k) {
+          const double pk = a[p][k], qk = a[q][k];
+          a[p][k] = c * pk - s * qk;
+          a[q][k] = s * pk + c * qk;
+        }
+        for (int k = 0; k < 3; ++k) {
+          const double kp = v[k][p], kq = v[k][q];
+          v[k][p] = c * kp - s * kq;
+          v[k][q] = s * kp + c * kq;
+        }
+      }
+    }
+  }
+}
+
+// The two leading principal axes of the tissue's optical densities.
+struct Plane {
+  double first[3], second[3];
+  bool flat;  // the densities lie on a line or a point: there is no plane
+};
+
+HISTODD_HD Plane principal_plane(const Moments& m, bool sign_by_first) {
+  const double n = m.count > 1 ? m.count : 2, mean[3] = {m.sum[0] / n, m.sum[1] / n, m.sum[2] / n};
+  double a[3][3], v[3][3];
+  for (int i = 0, k = 0; i < 3; ++i) {
+    for (int j = i; j < 3; ++j, ++k) a[i][j] = a[j][i] = (m.product[k] - m.sum[i] * mean[j]) / (n - 1);
+  }
+  jacobi(a, v);
+  int top = 0;
+  for (int i = 1; i < 3; ++i) top = a[i][i] > a[top][top] ? i : top;
+  int middle = top == 0 ? 1 : 0;
+  for (int i = middle + 1; i < 3; ++i) middle = i != top && a[i][i] > a[middle][middle] ? i : middle;
+  Plane plane;
+  // 1e-12: float32 densities that are equal up to rounding have variances near 1e-14.
+  const double largest = a[top][top] * 1e-7;
+  plane.flat = !(a[middle][middle] > (largest > 1e-12 ? largest : 1e-12));
+  double along[2] = {0, 0};
+  for (int i = 0; i < 3; ++i) {
+    along[0] += v[i][top] * mean[i];
+    along[1] += v[i][middle] * mean[i];
+  }
+  if (sign_by_first) {
+    along[0] = v[0][top];
+    along[1] = v[0][middle];
+  }
+  for (int i = 0; i < 3; ++i) {
+    plane.first[i] = along[0] < 0 ? -v[i][top] : v[i][top];
+    plane.second[i] = along[1] < 0 ? -v[i][middle] : v[i][middle];
+  }
+  return plane;
+}
+
+// Unit stain vectors, their left inverse, and whether they are too close to each other to have one.
+struct Stains {
+  double matrix[3][2], inverse[2][3];
+  bool degenerate;
+};
+
+HISTODD_HD Stains stain_vectors(const Plane& plane, double low_angle, double high_angle) {
+  const double c0 = cos(low_angle), s0 = sin(low_angle), c1 = cos(high_angle), s1 = sin(high_angle);
+  Stains out;
+  for (int i = 0; i < 3; ++i) {
+    out.matrix[i][0] = plane.first[i] * c0 + plane.second[i] * s0;
+    out.matrix[i][1] = plane.first[i] * c1 + plane.second[i] * s1;
+  }
+  if (out.matrix[0][0] < out.matrix[0][1]) {  // haematoxylin absorbs more red
+    for (int i = 0; i < 3; ++i) {
+      const double swap = out.matrix[i][0];
+      out.matrix[i][0] = out.matrix[i][1];
+      out.matrix[i][1] = swap;
+    }
+  }
+  double a = 0, b = 0, d = 0;
+  for (int i = 0; i < 3; ++i) {
+    a += out.matrix[i][0] * out.matrix[i][0];
+    b += out.matrix[i][0] * out.matrix[i][1];
+    d += out.matrix[i][1] * out.matrix[i][1];
+  }
+  const double determinant = a * d - b * b;
+  out.degenerate = !(determinant >= 1e-6);
+  for (int i = 0; i < 3; ++i) {
+    out.inverse[0][i] = (d * out.matrix[i][0] - b * out.matrix[i][1]) / determinant;
+    out.inverse[1][i] = (a * out.matrix[i][1] - b * out.matrix[i][0]) / determinant;
+  }
+  return out;
+}
+
+// What one image comes back as. Anything but ok holds numbers without meaning, finite all the same.
+struct Fit {
+  double matrix[3][2] = {{1, 0}, {0, 1}, {0, 0}}, top[2] = {0, 0};
+  uint8_t status = kFitOk;
+};
+
+HISTODD_HD Fit failed_fit(FitStatus status) {
+  Fit fit;
+  fit.status = status;
+  return fit;
+}
+
+HISTODD_HD Fit finished_fit(const Stains& stains, double top0, double top1, const FitOptions& o) {
+  Fit fit;
+  for (int i = 0; i < 3; ++i) {
+    fit.matrix[i][0] = stains.matrix[i][0];
+    fit.matrix[i][1] = stains.matrix[i][1];
+  }
+  fit.top[0] = top0;
+  fit.top[1] = top1;
+  fit.status = top0 < o.min_concentration || top1 < o.min_concentration ? kFitWeakStain : kFitOk;
+  return fit;
+}
+
+}  // namespace histodd
