@@ -57,20 +57,33 @@ template <typename T>
 struct MomentsPass {
   HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, T beta, Moments* out) {
     double count = 0, sr = 0, sg = 0, sb = 0, rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
+    T w[kBlock], x[kBlock], y[kBlock], z[kBlock];  // two loops: compilers vectorise one with comparisons badly
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t size = n - begin < kBlock ? n - begin : kBlock;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        const T p = r[begin + i], q = g[begin + i], s = b[begin + i];
+        const T lowest = p < q ? p : q;
+        const bool tissue = (lowest < s ? lowest : s) >= beta;
+        w[i] = tissue ? T(1) : T(0);
+        x[i] = tissue ? p : T(0);
+        y[i] = tissue ? q : T(0);
+        z[i] = tissue ? s : T(0);
+      }
 #pragma omp simd reduction(+ : count, sr, sg, sb, rr, rg, rb, gg, gb, bb)
-    for (int64_t i = 0; i < n; ++i) {
-      const bool tissue = is_tissue(r[i], g[i], b[i], beta);
-      const double x = tissue ? r[i] : T(0), y = tissue ? g[i] : T(0), z = tissue ? b[i] : T(0);
-      count += tissue ? 1.0 : 0.0;
-      sr += x;
-      sg += y;
-      sb += z;
-      rr += x * x;
-      rg += x * y;
-      rb += x * z;
-      gg += y * y;
-      gb += y * z;
-      bb += z * z;
+      for (int64_t i = 0; i < size; ++i) {
+        const double p = x[i], q = y[i], s = z[i];
+        count += static_cast<double>(w[i]);
+        sr += p;
+        sg += q;
+        sb += s;
+        rr += p * p;
+        rg += p * q;
+        rb += p * s;
+        gg += q * q;
+        gb += q * s;
+        bb += s * s;
+      }
     }
     *out = {count, {sr, sg, sb}, {rr, rg, rb, gg, gb, bb}};
   }
@@ -124,7 +137,7 @@ struct TailPass {
 // Memory of one worker, reused from image to image.
 template <typename T>
 struct Scratch {
-  int64_t pixels, chunks;
+  int64_t pixels, chunks, step, samples;
   std::unique_ptr<T[]> od, tail[2];  // [3, pixels], [pixels] each: every chunk writes to its own part
   std::vector<Moments> moments;
   std::vector<int64_t> count[2];
@@ -134,11 +147,15 @@ struct Scratch {
   explicit Scratch(int64_t p)
       : pixels(p),
         chunks((p + kChunk - 1) / kChunk),
+        step(std::max<int64_t>(p / kSampled, 16) | 1),  // odd, so that no column of the image is left out
+        samples((p + step - 1) / step),
         od(new T[3 * p]),
         tail{std::unique_ptr<T[]>(new T[p]), std::unique_ptr<T[]>(new T[p])},
         moments(chunks),
         count{std::vector<int64_t>(chunks), std::vector<int64_t>(chunks)},
-        bad(chunks) {}
+        bad(chunks) {
+    for (auto& channel : sample) channel.resize(samples);
+  }
 
   const T* channel(int c) const { return od.get() + c * pixels; }
 
@@ -158,29 +175,26 @@ std::array<double, 2> largest(T* v, int64_t n, int64_t rank) {
   return {static_cast<double>(here), static_cast<double>(rank ? *std::min_element(v, v + rank) : here)};
 }
 
-// A threshold that a little more than `rank` + 1 of `count` keys should reach.
+// A threshold that a little more than `rank` + 1 of `count` keys should reach, from a sample of n of them.
 template <typename T>
-T guess_threshold(std::vector<T>& sample, int64_t rank, int64_t count) {
-  sample.erase(std::remove_if(sample.begin(), sample.end(), [](T k) { return k != k; }), sample.end());
-  const double expected = static_cast<double>(rank + 1) / static_cast<double>(count) * sample.size();
+T guess_threshold(T* sample, int64_t n, int64_t rank, int64_t count) {
+  const double expected = static_cast<double>(rank + 1) / static_cast<double>(count) * static_cast<double>(n);
   const int64_t wanted = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 2);
-  if (2 * wanted >= static_cast<int64_t>(sample.size())) return -std::numeric_limits<T>::infinity();
-  return static_cast<T>(largest(sample.data(), sample.size(), wanted)[0]);
+  if (2 * wanted >= n) return -std::numeric_limits<T>::infinity();
+  return static_cast<T>(largest(sample, n, wanted)[0]);
 }
 
 // Of both streams of keys, with `count` that are not NaN: the element `rank` from the top and the one above it.
 template <typename T, typename Keys>
 std::array<std::array<double, 2>, 2> top_of(Scratch<T>& s, const Keys& keys, int64_t count,
                                             std::array<int64_t, 2> rank) {
+  const T everything = -std::numeric_limits<T>::infinity();  // which NaN does not reach
   std::array<T, 2> from;
-  std::vector<T> sampled[2];
-  for (size_t i = 0; i < s.sample[0].size(); ++i) {
-    T p, q;
-    keys(s.sample[0][i], s.sample[1][i], s.sample[2][i], p, q);
-    sampled[0].push_back(p);
-    sampled[1].push_back(q);
-  }
-  for (int k : {0, 1}) from[k] = guess_threshold(sampled[k], rank[k], count);
+  T* sampled[2] = {s.tail[0].get(), s.tail[1].get()};
+  int64_t sizes[2];
+  run_best<TailPass<T, Keys>>(s.sample[0].data(), s.sample[1].data(), s.sample[2].data(), s.samples, keys, everything,
+                              everything, sampled[0], &sizes[0], sampled[1], &sizes[1]);
+  for (int k : {0, 1}) from[k] = guess_threshold(sampled[k], sizes[k], rank[k], count);
   int64_t kept[2];
   while (true) {
     s.over_chunks([&](int64_t c, int64_t begin, int64_t n) {
@@ -193,7 +207,7 @@ std::array<std::array<double, 2>, 2> top_of(Scratch<T>& s, const Keys& keys, int
       kept[k] = 0;
       for (int64_t n : s.count[k]) kept[k] += n;
       if (kept[k] > rank[k]) continue;
-      from[k] = -std::numeric_limits<T>::infinity();
+      from[k] = everything;
       enough = false;
     }
     if (enough) break;
@@ -235,11 +249,8 @@ Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& 
   const Plane plane = principal_plane(moments, o.sign_by_first);
   if (plane.flat) return failed_fit(kFitDegenerate);
 
-  // An odd step, so that no column of the image is left out.
-  const int64_t step = std::max<int64_t>(s.pixels / kSampled, 16) | 1;
   for (int k = 0; k < 3; ++k) {
-    s.sample[k].clear();
-    for (int64_t i = 0; i < s.pixels; i += step) s.sample[k].push_back(s.channel(k)[i]);
+    for (int64_t i = 0; i < s.samples; ++i) s.sample[k][i] = s.channel(k)[i * s.step];
   }
 
   const int64_t count = static_cast<int64_t>(moments.count);
