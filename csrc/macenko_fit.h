@@ -132,6 +132,33 @@ HISTODD_HD Rank percentile_rank(double percent, int64_t count, bool linear) {
   return {k, k + 1 < count ? k + 1 : k, position - static_cast<double>(k)};
 }
 
+// Integers that are ordered as the numbers are (which must not be NaN), and back.
+HISTODD_HOT uint32_t ordered_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+HISTODD_HOT uint64_t ordered_bits(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
+}
+
+HISTODD_HOT float from_ordered_bits(uint32_t k) {
+  const uint32_t bits = k & 0x80000000u ? k & 0x7fffffffu : ~k;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+HISTODD_HOT double from_ordered_bits(uint64_t k) {
+  const uint64_t bits = k >> 63 ? k & ~(uint64_t{1} << 63) : ~k;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
 HISTODD_HD double interpolate(double low, double high, double fraction) { return low + (high - low) * fraction; }
 
 // ---- Moments, plane, stain vectors ----------------------------------------------------------------------------------
