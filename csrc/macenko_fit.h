@@ -114,6 +114,12 @@ HISTODD_HD double key_angle(double key) {
   return atan2(key, 1 - fabs(key));
 }
 
+template <typename T>
+HISTODD_HOT bool is_tissue(T r, T g, T b, T beta) {
+  const T lowest = r < g ? r : g;
+  return (lowest < b ? lowest : b) >= beta;
+}
+
 // ---- Percentiles ----------------------------------------------------------------------------------------------------
 
 // Between the elements of ascending ranks `low` and `high` (counted from 0), `fraction` of the way.
@@ -160,6 +166,34 @@ HISTODD_HOT double from_ordered_bits(uint64_t k) {
 }
 
 HISTODD_HD double interpolate(double low, double high, double fraction) { return low + (high - low) * fraction; }
+
+// Percentiles come in pairs, both in the upper tail of a stream of keys: of minus and plus the angle, of the two
+// concentrations. Ranks are counted from the largest key; `above` is the next larger one, for linear interpolation.
+struct TailRanks {
+  int64_t from_top[2];
+};
+
+struct Tails {
+  double value[2], above[2];
+};
+
+HISTODD_HD TailRanks angle_ranks(int64_t tissue, const FitOptions& o) {
+  return {{percentile_rank(o.alpha, tissue, o.linear).high,
+           tissue - 1 - percentile_rank(100 - o.alpha, tissue, o.linear).low}};
+}
+
+HISTODD_HD TailRanks concentration_ranks(int64_t pixels, const FitOptions& o) {
+  const int64_t rank = pixels - 1 - percentile_rank(kMaxConcentrationPercentile, pixels, o.linear).low;
+  return {{rank, rank}};
+}
+
+// Which rank of a sample of n keys is a threshold that a little more than `rank` + 1 of all `count` keys should reach:
+// four standard deviations of the sample's own noise. Negative where the sample is too small to say.
+HISTODD_HD int64_t sample_rank(int64_t rank, int64_t count, int64_t n) {
+  const double expected = static_cast<double>(rank + 1) / static_cast<double>(count) * static_cast<double>(n);
+  const int64_t wanted = static_cast<int64_t>(expected + 4 * sqrt(expected) + 2);
+  return 2 * wanted < n ? wanted : -1;
+}
 
 // ---- Moments, plane, stain vectors ----------------------------------------------------------------------------------
 
@@ -283,6 +317,49 @@ HISTODD_HD Stains stain_vectors(const Plane& plane, double low_angle, double hig
   return out;
 }
 
+HISTODD_HD Stains stain_vectors(const Plane& plane, const Tails& angles, int64_t tissue, const FitOptions& o) {
+  const Rank low = percentile_rank(o.alpha, tissue, o.linear), high = percentile_rank(100 - o.alpha, tissue, o.linear);
+  const double first = -(low.high > low.low ? angles.above[0] : angles.value[0]), second = -angles.value[0];
+  const double third = angles.value[1], fourth = high.high > high.low ? angles.above[1] : angles.value[1];
+  return stain_vectors(plane, interpolate(key_angle(first), key_angle(second), low.fraction),
+                       interpolate(key_angle(third), key_angle(fourth), high.fraction));
+}
+
+// ---- Keys of a pixel: two streams, NaN where it does not count -------------------------------------------------------
+
+template <typename T>
+struct AngleKeys {  // minus and plus the angle key of tissue pixels
+  T u[3], v[3], beta;
+  HISTODD_HD AngleKeys(const Plane& plane, T b) : beta(b) {
+    for (int i = 0; i < 3; ++i) {
+      u[i] = static_cast<T>(plane.first[i]);
+      v[i] = static_cast<T>(plane.second[i]);
+    }
+  }
+  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+    const T key = angle_key(u[0] * r + u[1] * g + u[2] * b, v[0] * r + v[1] * g + v[2] * b);
+    second = is_tissue(r, g, b, beta) ? key : static_cast<T>(NAN);
+    first = -second;
+  }
+};
+
+template <typename T>
+struct ConcentrationKeys {  // the two concentrations of every pixel
+  T u[3], v[3];
+  HISTODD_HD explicit ConcentrationKeys(const Stains& stains) {
+    for (int i = 0; i < 3; ++i) {
+      u[i] = static_cast<T>(stains.inverse[0][i]);
+      v[i] = static_cast<T>(stains.inverse[1][i]);
+    }
+  }
+  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+    first = u[0] * r + u[1] * g + u[2] * b;
+    second = v[0] * r + v[1] * g + v[2] * b;
+  }
+};
+
+// ---- Result ---------------------------------------------------------------------------------------------------------
+
 // What one image comes back as. Anything but ok holds numbers without meaning, finite all the same.
 struct Fit {
   double matrix[3][2] = {{1, 0}, {0, 1}, {0, 0}}, top[2] = {0, 0};
@@ -295,15 +372,17 @@ HISTODD_HD Fit failed_fit(FitStatus status) {
   return fit;
 }
 
-HISTODD_HD Fit finished_fit(const Stains& stains, double top0, double top1, const FitOptions& o) {
+HISTODD_HD Fit finished_fit(const Stains& stains, const Tails& tops, int64_t pixels, const FitOptions& o) {
+  const Rank rank = percentile_rank(kMaxConcentrationPercentile, pixels, o.linear);
   Fit fit;
   for (int i = 0; i < 3; ++i) {
     fit.matrix[i][0] = stains.matrix[i][0];
     fit.matrix[i][1] = stains.matrix[i][1];
   }
-  fit.top[0] = top0;
-  fit.top[1] = top1;
-  fit.status = top0 < o.min_concentration || top1 < o.min_concentration ? kFitWeakStain : kFitOk;
+  for (int k = 0; k < 2; ++k) {
+    fit.top[k] = interpolate(tops.value[k], rank.high > rank.low ? tops.above[k] : tops.value[k], rank.fraction);
+    if (fit.top[k] < o.min_concentration) fit.status = kFitWeakStain;
+  }
   return fit;
 }
 

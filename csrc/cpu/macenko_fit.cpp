@@ -49,11 +49,6 @@ struct DensityPass {
 };
 
 template <typename T>
-HISTODD_HOT bool is_tissue(T r, T g, T b, T beta) {
-  return (r >= beta) & (g >= beta) & (b >= beta);
-}
-
-template <typename T>
 struct MomentsPass {
   HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, T beta, Moments* out) {
     double count = 0, sr = 0, sg = 0, sb = 0, rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
@@ -86,26 +81,6 @@ struct MomentsPass {
       }
     }
     *out = {count, {sr, sg, sb}, {rr, rg, rb, gg, gb, bb}};
-  }
-};
-
-// Two streams of keys, NaN where a pixel does not count. What is wanted of both are the largest.
-template <typename T>
-struct AngleKeys {  // minus and plus the angle key of tissue pixels
-  T u[3], v[3], beta;
-  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
-    const T key = angle_key(u[0] * r + u[1] * g + u[2] * b, v[0] * r + v[1] * g + v[2] * b);
-    second = is_tissue(r, g, b, beta) ? key : std::numeric_limits<T>::quiet_NaN();
-    first = -second;
-  }
-};
-
-template <typename T>
-struct ConcentrationKeys {  // the two concentrations of all pixels
-  T u[3], v[3];
-  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
-    first = u[0] * r + u[1] * g + u[2] * b;
-    second = v[0] * r + v[1] * g + v[2] * b;
   }
 };
 
@@ -220,17 +195,16 @@ std::array<double, 2> largest(const T* v, int64_t n, int64_t rank) {
 
 // A threshold that a little more than `rank` + 1 of `count` keys should reach, from a sample of n of them.
 template <typename T>
-T guess_threshold(T* sample, int64_t n, int64_t rank, int64_t count) {
-  const double expected = static_cast<double>(rank + 1) / static_cast<double>(count) * static_cast<double>(n);
-  const int64_t wanted = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 2);
-  if (2 * wanted >= n) return -std::numeric_limits<T>::infinity();
+T guess_threshold(const T* sample, int64_t n, int64_t rank, int64_t count) {
+  const int64_t wanted = sample_rank(rank, count, n);
+  if (wanted < 0) return -std::numeric_limits<T>::infinity();
   return static_cast<T>(largest(sample, n, wanted)[0]);
 }
 
-// Of both streams of keys, with `count` that are not NaN: the element `rank` from the top and the one above it.
+// Of both streams of keys, with `count` that are not NaN: the ranks asked for.
 template <typename T, typename Keys>
-std::array<std::array<double, 2>, 2> top_of(Scratch<T>& s, const Keys& keys, int64_t count,
-                                            std::array<int64_t, 2> rank) {
+Tails tails_of(Scratch<T>& s, const Keys& keys, int64_t count, const TailRanks& ranks) {
+  const int64_t* rank = ranks.from_top;
   const T everything = -std::numeric_limits<T>::infinity();  // which NaN does not reach
   std::array<T, 2> from;
   T* sampled[2] = {s.tail[0].get(), s.tail[1].get()};
@@ -255,21 +229,18 @@ std::array<std::array<double, 2>, 2> top_of(Scratch<T>& s, const Keys& keys, int
     }
     if (enough) break;
   }
-  std::array<std::array<double, 2>, 2> out;
+  Tails out;
   for (int k : {0, 1}) {
     T *tail = s.tail[k].get(), *end = tail;
     for (int64_t c = 0; c < s.chunks; ++c) {
       const T* part = tail + c * kChunk;
       end = std::copy(part, part + s.count[k][c], end);  // never beyond the part itself
     }
-    out[k] = largest(tail, kept[k], rank[k]);
+    const auto value = largest(tail, kept[k], rank[k]);
+    out.value[k] = value[0];
+    out.above[k] = value[1];
   }
   return out;
-}
-
-template <typename T>
-void narrow(const double (&from)[3], T (&to)[3]) {
-  for (int i = 0; i < 3; ++i) to[i] = static_cast<T>(from[i]);
 }
 
 template <typename In, typename T, int Stride>
@@ -297,25 +268,11 @@ Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& 
   }
 
   const int64_t count = static_cast<int64_t>(moments.count);
-  const Rank low = percentile_rank(o.alpha, count, o.linear), high = percentile_rank(100 - o.alpha, count, o.linear);
-  AngleKeys<T> angle;
-  narrow(plane.first, angle.u);
-  narrow(plane.second, angle.v);
-  angle.beta = beta;
-  const auto key = top_of(s, angle, count, {low.high, count - 1 - high.low});
-  const double low_angle = interpolate(key_angle(-key[0][low.high > low.low]), key_angle(-key[0][0]), low.fraction);
-  const double high_angle = interpolate(key_angle(key[1][0]), key_angle(key[1][high.high > high.low]), high.fraction);
-  const Stains stains = stain_vectors(plane, low_angle, high_angle);
+  const Tails angles = tails_of(s, AngleKeys<T>(plane, beta), count, angle_ranks(count, o));
+  const Stains stains = stain_vectors(plane, angles, count, o);
   if (stains.degenerate) return failed_fit(kFitDegenerate);
-
-  const Rank rank = percentile_rank(kMaxConcentrationPercentile, s.pixels, o.linear);
-  ConcentrationKeys<T> concentration;
-  narrow(stains.inverse[0], concentration.u);
-  narrow(stains.inverse[1], concentration.v);
-  const auto top = top_of(s, concentration, s.pixels, {s.pixels - 1 - rank.low, s.pixels - 1 - rank.low});
-  const int next = rank.high > rank.low;
-  return finished_fit(stains, interpolate(top[0][0], top[0][next], rank.fraction),
-                      interpolate(top[1][0], top[1][next], rank.fraction), o);
+  const Tails tops = tails_of(s, ConcentrationKeys<T>(stains), s.pixels, concentration_ranks(s.pixels, o));
+  return finished_fit(stains, tops, s.pixels, o);
 }
 
 // ---- The batch ------------------------------------------------------------------------------------------------------
