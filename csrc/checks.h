@@ -58,8 +58,7 @@ inline FitOptions fit_options(const at::Tensor& image, double io, double beta, d
   TORCH_CHECK_VALUE(interpolation == "nearest" || interpolation == "linear",
                     "interpolation must be one of ('nearest', 'linear'), got '", interpolation, "'");
   TORCH_CHECK_VALUE(sign == "mean" || sign == "first", "sign must be one of ('mean', 'first'), got '", sign, "'");
-  return {io,       beta, alpha, min_tissue, min_concentration, plus_one, interpolation == "linear",
-          sign == "first"};
+  return {io, beta, alpha, min_tissue, min_concentration, plus_one, interpolation == "linear", sign == "first"};
 }
 
 struct FitOutputs {

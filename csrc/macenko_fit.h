@@ -1,7 +1,7 @@
-// Maths of macenko_fit, shared by the CPU and CUDA files. The fit is detached, so nothing here has a vjp: its derivative
-// would put nearly all of its mass on the one to four pixels at the percentiles.
-// Percentiles are selected, never sorted, and the angle of a pixel is never computed: a cheap key that grows with the
-// angle selects the same pixel, and only the selected keys are turned into angles.
+// Maths of macenko_fit, shared by the CPU and CUDA files. The fit is detached, so nothing here has a vjp: its
+// derivative would put nearly all of its mass on the one to four pixels at the percentiles. Percentiles are selected,
+// never sorted, and the angle of a pixel is never computed: a cheap key that grows with the angle selects the same
+// pixel, and only the selected keys are turned into angles.
 #pragma once
 
 #include <cmath>
@@ -34,9 +34,9 @@ constexpr double kLargestImageValue = 1.0 + 1e-3;  // float rounding just above 
 
 struct FitOptions {
   double io, beta, alpha, min_tissue, min_concentration;
-  bool plus_one;          // od = -ln((I + 1) / io); otherwise -ln(clamp(I, 1, io) / io)
-  bool linear;            // percentiles by linear interpolation instead of the nearest rank
-  bool sign_by_first;     // eigenvectors point to a positive first component instead of towards the mean
+  bool plus_one;       // od = -ln((I + 1) / io); otherwise -ln(clamp(I, 1, io) / io)
+  bool linear;         // percentiles by linear interpolation instead of the nearest rank
+  bool sign_by_first;  // eigenvectors point to a positive first component instead of towards the mean
 };
 
 // ---- Optical density ------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ struct Density {
 };
 
 template <typename T>
-inline Density<T> make_density(const FitOptions& o) {
+HISTODD_HD Density<T> make_density(const FitOptions& o) {
   if (o.plus_one) return {T(255 / o.io), T(1 / o.io), T(1e-6), T(1e6)};
   return {T(255 / o.io), T(0), T(1 / o.io), T(1)};
 }
@@ -90,7 +90,9 @@ HISTODD_HOT T optical_density(T x, const Density<T>& d) {
 }
 
 // Of a grey level, for the table that uint8 images use.
-inline double grey_density(int level, const FitOptions& o) { return optical_density(level / 255.0, make_density<double>(o)); }
+HISTODD_HD double grey_density(int level, const FitOptions& o) {
+  return optical_density(level / 255.0, make_density<double>(o));
+}
 
 template <typename T>
 HISTODD_HOT bool in_range(T x) {
@@ -99,7 +101,8 @@ HISTODD_HOT bool in_range(T x) {
 
 // ---- Angles ---------------------------------------------------------------------------------------------------------
 
-// Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|) and its mirror image.
+// Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|) and its mirror
+// image.
 template <typename T>
 HISTODD_HOT T angle_key(T x, T y) {
   const T ax = x < T(0) ? -x : x, ay = y < T(0) ? -y : y, sum = ax + ay;
@@ -325,7 +328,8 @@ HISTODD_HD Stains stain_vectors(const Plane& plane, const Tails& angles, int64_t
                        interpolate(key_angle(third), key_angle(fourth), high.fraction));
 }
 
-// ---- Keys of a pixel: two streams, NaN where it does not count -------------------------------------------------------
+// ---- Keys of a pixel: two streams, NaN where it does not count
+// -------------------------------------------------------
 
 template <typename T>
 struct AngleKeys {  // minus and plus the angle key of tissue pixels

@@ -108,7 +108,8 @@ struct TailPass {
 };
 
 // The `rank`-th largest of v[0, n), counted from 0, and the one above it (itself at rank 0): bisection over the ordered
-// integers of the values, counting in every step those that are not smaller. 10 to 20 steps, and no branches to mispredict.
+// integers of the values, counting in every step those that are not smaller. 10 to 20 steps, and no branches to
+// mispredict.
 template <typename T>
 struct SelectPass {
   HISTODD_HOT static void run(const T* v, int64_t n, int64_t rank, std::array<double, 2>* out) {
@@ -319,9 +320,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> macenko_fit(const at::Tensor& ima
       fit_layout<double, double>(image, o, out);
     } else if (image.scalar_type() == at::kByte) {
       fit_layout<uint8_t, float>(image, o, out);
+    } else if (image.scalar_type() == at::kFloat) {
+      fit_layout<float, float>(image, o, out);
     } else {
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, image.scalar_type(), "macenko_fit",
-                                      [&] { fit_layout<scalar_t, float>(image, o, out); });
+      AT_DISPATCH_REDUCED_FLOATING_TYPES(image.scalar_type(), "macenko_fit",
+                                         [&] { fit_layout<scalar_t, float>(image, o, out); });
     }
   }
   return {out.stain_matrix, out.max_concentration, out.status};
