@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.ops import macenko_fit, stain_augment
 from histodd_bench.ops.macenko_fit import OK, STATUS_NAMES, pinv
+from histodd_bench.stain_definitions import Definition, StainFit
+from histodd_bench.stain_definitions import definition as find_definition
 
 REFERENCE_STAIN = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))  # Macenko et al. 2009, columns H and E
 REFERENCE_MAX_CONCENTRATION = (1.9705, 1.0308)
@@ -24,10 +26,14 @@ class StainTemplate:
 
     def affine(self, stain_matrix: Tensor, max_concentration: Tensor) -> Tensor:
         """``[A|b]`` ``[N,3,4]`` that moves patches with these fits (``[N,3,2]``, ``[N,2]``) onto the template."""
-        target = stain_matrix.new_tensor(self.stain_matrix)
-        ratio = stain_matrix.new_tensor(self.max_concentration) / max_concentration.clamp(min=1e-6)
-        matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
-        return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
+        new = stain_matrix.new_tensor
+        return _affine(new(self.stain_matrix), new(self.max_concentration), stain_matrix, max_concentration)
+
+
+def _affine(target: Tensor, target_top: Tensor, stain_matrix: Tensor, max_concentration: Tensor) -> Tensor:
+    ratio = target_top / max_concentration.clamp(min=1e-6)
+    matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
+    return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
 
 
 def fit_affine(images: Tensor, template: StainTemplate) -> tuple[Tensor, Tensor]:
@@ -112,31 +118,71 @@ def describe(train: PatchSet) -> Preprocessing:
     return Preprocessing(channel_mean, channel_std)  # type: ignore[arg-type]
 
 
-class MacenkoNormalizer:
-    """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched and differentiable.
+class MacenkoNormalizer(nn.Module):
+    """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched, differentiable, and usable as a module.
+
+    The target is part of ``state_dict`` and moves with ``to(device)``. Gradients pass through the map that is applied
+    to every pixel, exactly, and not through the fits (see :mod:`histodd_bench.ops.macenko_fit`).
 
     Args:
         template: normalise to this instead of calling :meth:`fit`; the Macenko reference by default.
+        definition: name of a preset (``torchstain``, ``torchstain-numpy``, ``cucim``, ``tiatoolbox``) or a
+            :class:`~histodd_bench.stain_definitions.Definition`.
     """
 
-    def __init__(self, template: StainTemplate | None = None) -> None:
-        self.template = template or StainTemplate()
+    def __init__(self, template: StainTemplate | None = None, definition: str | Definition = "torchstain") -> None:
+        super().__init__()
+        self.definition = find_definition(definition)
+        template = template or StainTemplate()
+        self.target_stain: Tensor
+        self.target_concentration: Tensor
+        self.register_buffer("target_stain", torch.tensor(template.stain_matrix, dtype=torch.float64))
+        self.register_buffer("target_concentration", torch.tensor(template.max_concentration, dtype=torch.float64))
 
-    def fit(self, target: Tensor) -> "MacenkoNormalizer":
-        """Take the stains of one target image (``[3,H,W]`` or ``[1,3,H,W]``, uint8 or float in [0, 1]).
+    @property
+    def template(self) -> StainTemplate:
+        """The target as plain numbers."""
+        rows, top = self.target_stain.tolist(), self.target_concentration.tolist()
+        return StainTemplate(tuple((r[0], r[1]) for r in rows), (top[0], top[1]))
+
+    def fit(self, target: Tensor | StainFit) -> "MacenkoNormalizer":
+        """Take the stains of a target image, or those of a fit, e.g. of a whole slide.
+
+        Args:
+            target: ``[3,H,W]`` or ``[1,3,H,W]``, uint8 or float in [0, 1]; or a fit of one image or pool.
 
         Raises:
             ValueError: the target's stains cannot be fitted (blank, one stain only, wrong scale).
         """
-        target = target if target.ndim == 4 else target[None]
-        stain_matrix, max_concentration, status = macenko_fit(target)
-        if int(status[0]) != OK:
-            raise ValueError(f"the target image cannot be fitted: {STATUS_NAMES[int(status[0])]}")
-        rows = stain_matrix[0].tolist()
-        self.template = StainTemplate(tuple((r[0], r[1]) for r in rows), tuple(max_concentration[0].tolist()))  # type: ignore[arg-type]
+        if isinstance(target, StainFit):
+            found = target
+        else:
+            found = self.definition.fit(target if target.ndim == 4 else target[None])
+        if len(found.status) != 1:
+            raise ValueError(f"the target is one image or one pool of patches, got {len(found.status)}")
+        if int(found.status[0]) != OK:
+            raise ValueError(f"the target image cannot be fitted: {STATUS_NAMES[int(found.status[0])]}")
+        self.target_stain.copy_(found.stain_matrix[0])
+        self.target_concentration.copy_(found.max_concentration[0])
         return self
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """``[N,3,H,W]`` uint8 or float -> float in [0, 1]; patches that cannot be fitted come back as they are."""
-        affine, valid = fit_affine(images, self.template)
-        return stain_augment(images, affine, valid=valid)
+    def estimate(self, images: Tensor, check: bool = False) -> StainFit:
+        """Detached fits of ``[N,3,H,W]``, to be kept and given to :meth:`normalize`; ``check`` raises on a wrong scale."""
+        return self.definition.fit(images, check)
+
+    def normalize(self, images: Tensor, fit: StainFit | None = None) -> Tensor:
+        """``[N,3,H,W]`` uint8 or float -> float in [0, 1]; patches that cannot be fitted come back as they are.
+
+        Args:
+            images: patches.
+            fit: use these stains instead of fitting every patch: one fit per patch, or one (of a slide) for all.
+        """
+        fit = self.estimate(images) if fit is None else StainFit(*(t.to(images.device) for t in fit))
+        if len(fit.status) not in (1, len(images)):
+            raise ValueError(f"one fit for all or one per patch: got {len(fit.status)} fits for {len(images)} patches")
+        target = self.target_stain.to(fit.stain_matrix), self.target_concentration.to(fit.max_concentration)
+        affine = _affine(*target, fit.stain_matrix, fit.max_concentration)
+        valid = (fit.status == OK).expand(len(images))
+        return self.definition.apply(images, affine.expand(len(images), 3, 4), valid)
+
+    forward = normalize

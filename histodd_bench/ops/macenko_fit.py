@@ -86,21 +86,12 @@ def macenko_fit_reference(
     total = count.clamp(min=2).double()[:, None, None]
     mean = (od * weight).sum(2, keepdim=True) / total
     centred = (od - mean) * weight
-    eigenvalues, eigenvectors = torch.linalg.eigh(centred @ centred.mT / (total - 1))
-    flat = eigenvalues[:, 1] <= (1e-7 * eigenvalues[:, 2]).clamp(min=1e-12)
-    plane = eigenvectors[:, :, [2, 1]]
-    along = (plane.mT @ mean).squeeze(2) if sign == "mean" else plane[:, 0]
-    plane = plane * torch.where(along < 0, -1.0, 1.0)[:, None, :]
+    plane, flat = principal_plane(centred @ centred.mT / (total - 1), mean, sign)
     projected = plane.to(compute).mT @ od
     angle = torch.atan2(projected[:, 1], projected[:, 0]).masked_fill(~tissue, torch.inf).sort(1).values
     extremes = torch.stack([_percentile(angle, count, q, linear) for q in (alpha, 100 - alpha)], 1)
-    extremes = extremes.nan_to_num(0.0, 0.0, 0.0).double()
-    vectors = plane @ torch.stack([extremes.cos(), extremes.sin()], 1)
-    swap = vectors[:, 0, 0] < vectors[:, 0, 1]
-    stain = torch.where(swap[:, None, None], vectors.flip(2), vectors)
-    gram = stain.mT @ stain
-    determinant = gram[:, 0, 0] * gram[:, 1, 1] - gram[:, 0, 1] ** 2
-    degenerate = flat | (determinant < 1e-6)
+    stain, alike = stain_vectors(plane, extremes.nan_to_num(0.0, 0.0, 0.0).double())
+    degenerate = flat | alike
     failed = out_of_range | little | degenerate
     stain = torch.where(failed[:, None, None], torch.eye(3, 2, dtype=torch.float64, device=image.device), stain)
     concentration = pinv(stain).to(compute) @ od
@@ -116,6 +107,31 @@ def macenko_fit_reference(
     ):
         status = torch.where(condition, torch.full_like(status, code), status)
     return _checked((stain.to(compute), top, status), check)
+
+
+def principal_plane(covariance: Tensor, mean: Tensor, sign: str) -> tuple[Tensor, Tensor]:
+    """The two leading axes ``[N,3,2]`` of covariances ``[N,3,3]``, signed, and whether there is no plane (``[N]`` bool).
+
+    ``mean [N,3,1]`` is what the axes are signed by; all float64. Densities on a line or a point have no plane.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    plane = vectors[:, :, [2, 1]]
+    along = (plane.mT @ mean).squeeze(2) if sign == "mean" else plane[:, 0]
+    # 1e-12: float32 densities that are equal up to rounding have variances near 1e-14.
+    flat = values[:, 1] <= (1e-7 * values[:, 2]).clamp(min=1e-12)
+    return plane * torch.where(along < 0, -1.0, 1.0)[:, None, :], flat
+
+
+def stain_vectors(plane: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Stain matrices ``[N,3,2]`` at the extreme angles ``[N,2]`` in planes ``[N,3,2]``, the one with more red first.
+
+    The second result says where the two are too close to each other to tell stains apart (``[N]`` bool).
+    """
+    vectors = plane @ torch.stack([angles.cos(), angles.sin()], 1)
+    swap = vectors[:, 0, 0] < vectors[:, 0, 1]
+    stain = torch.where(swap[:, None, None], vectors.flip(2), vectors)
+    gram = stain.mT @ stain
+    return stain, gram[:, 0, 0] * gram[:, 1, 1] - gram[:, 0, 1] ** 2 < 1e-6
 
 
 def pinv(stain_matrix: Tensor) -> Tensor:

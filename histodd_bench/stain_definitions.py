@@ -1,0 +1,147 @@
+"""Which Macenko: the choices in which packages differ, and presets with the definitions of the widely used ones."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from histodd_bench.errors import unknown_name
+from histodd_bench.ops import macenko_fit, stain_augment
+
+
+class StainFit(NamedTuple):
+    """Fits of N patches, or of one pool of patches (N = 1).
+
+    Attributes:
+        stain_matrix: ``[N,3,2]``, unit columns: haematoxylin, eosin.
+        max_concentration: ``[N,2]``, robust maxima of the two concentrations.
+        status: ``[N]`` uint8, 0 where the fit can be used (see ``macenko_fit``).
+    """
+
+    stain_matrix: Tensor
+    max_concentration: Tensor
+    status: Tensor
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One definition of Macenko's method.
+
+    Attributes:
+        io: transmitted light in grey levels.
+        beta: optical density from which a pixel is tissue, in all three channels.
+        alpha: the extremes of the angle are its alpha-th and (100 - alpha)-th percentile.
+        interpolation: of percentiles, ``nearest`` or ``linear``.
+        plus_one: optical density is ``-ln((I + 1) / io)``; if false ``-ln(clamp(I, 1, io) / io)``.
+        sign: eigenvectors point along the ``mean`` density, or to a positive ``first`` (red) component.
+        luminosity: pixels count as tissue only where their lightness, after a contrast stretch, is below this; or None.
+        rounding: how grey levels become integers, ``floor`` or ``nearest``.
+    """
+
+    io: float = 240.0
+    beta: float = 0.15
+    alpha: float = 1.0
+    interpolation: str = "nearest"
+    plus_one: bool = True
+    sign: str = "mean"
+    luminosity: float | None = None
+    rounding: str = "floor"
+
+    def fit(self, images: Tensor, check: bool = False) -> StainFit:
+        """Detached fit of every patch of ``[N,3,H,W]`` uint8 or float in [0, 1]."""
+        return StainFit(
+            *macenko_fit(
+                images,
+                io=self.io,
+                beta=self.beta,
+                alpha=self.alpha,
+                interpolation=self.interpolation,
+                plus_one=self.plus_one,
+                sign=self.sign,
+                tissue_mask=self.tissue_mask(images),
+                check=check,
+            )
+        )
+
+    def apply(self, images: Tensor, affine: Tensor, valid: Tensor) -> Tensor:
+        """Patches moved by ``[A|b]`` ``[N,3,4]`` in optical density, float in [0, 1]; untouched where not ``valid [N]``."""
+        if self.plus_one:
+            return stain_augment(images, affine, valid=valid, io=self.io)
+        # The operator's density has the +1: what goes in is one grey level less, and what is not valid is put back.
+        x = images if images.is_floating_point() else images.float() / 255
+        moved = stain_augment((x * 255).clamp(1, self.io).sub(1) / 255, affine, valid=valid, io=self.io)
+        return torch.where(valid[:, None, None, None], moved, x)
+
+    def density(self, images: Tensor) -> Tensor:
+        """Optical densities, in float32 or float64."""
+        x = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+        if images.is_floating_point():
+            x = x * 255
+        return -torch.log((x + 1) / self.io) if self.plus_one else -torch.log(x.clamp(1, self.io) / self.io)
+
+    def tissue_mask(self, images: Tensor) -> Tensor | None:
+        """``[N,H,W]`` bool where the lightness admits tissue, or None where lightness does not matter."""
+        return None if self.luminosity is None else luminosity_mask(images, self.luminosity)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Float images in [0, 1] as the package would return them: uint8 by its rounding rule."""
+        levels = images.detach().double() * 255
+        # 1e-6: what went through float32 as a whole grey level stays that level.
+        return (levels.round() if self.rounding == "nearest" else (levels + 1e-6).floor()).clamp(0, 255).to(torch.uint8)
+
+
+# torchstain leaves the signs of the eigenvectors to chance; where they matter, "mean" is what it means. Guards against
+# patches without tissue are ours: the packages raise an error or return NaN.
+DEFINITIONS = {
+    "torchstain": Definition(),  # its torch backend, 1.4.1
+    "torchstain-numpy": Definition(interpolation="linear"),
+    "cucim": Definition(beta=0.345, interpolation="linear", plus_one=False, sign="first", rounding="nearest"),
+    "tiatoolbox": Definition(
+        io=255.0, beta=0.0, interpolation="linear", plus_one=False, sign="first", luminosity=0.8, rounding="floor"
+    ),
+}
+
+
+def definition(which: str | Definition) -> Definition:
+    """A definition by the name of a preset, or itself."""
+    if isinstance(which, Definition):
+        return which
+    if which not in DEFINITIONS:
+        raise unknown_name("stain definition", which, DEFINITIONS)
+    return DEFINITIONS[which]
+
+
+def luminosity_mask(images: Tensor, threshold: float) -> Tensor:
+    """Pixels darker than a lightness, after a contrast stretch: TIAToolbox's rule for what is tissue.
+
+    Args:
+        images: ``[N,3,H,W]`` uint8 or float in [0, 1] (rounded to grey levels).
+        threshold: of the lightness L* of CIELAB (D65, from sRGB) rounded to 256 levels, on the scale [0, 1].
+
+    Returns:
+        ``[N,H,W]`` bool. The stretch takes the 2nd percentile of all values of an image to 0 and the 98th to 255.
+    """
+    n, height, width = images.shape[0], images.shape[2], images.shape[3]
+    if images.numel() == 0:
+        return torch.zeros(n, height, width, dtype=torch.bool, device=images.device)
+    x = images.detach().double() if images.dtype == torch.uint8 else (images.detach().double() * 255).round()
+    x = x.nan_to_num(255.0).clamp(0, 255)
+    values = x.flatten(1).sort(1).values
+    low, high = (_linear_percentile(values, q)[:, None, None, None] for q in (2.0, 98.0))
+    empty = low >= high
+    low = torch.where(empty, values[:, :1, None, None], low)
+    high = torch.where(empty, values[:, -1:, None, None], high)
+    stretched = (torch.minimum(torch.maximum(x, low), high) - low) / (high - low).clamp(min=1e-12) * 255
+    x = torch.where(high > low, (stretched + 1e-9).floor(), x) / 255
+    linear = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    y = 0.212671 * linear[:, 0] + 0.715160 * linear[:, 1] + 0.072169 * linear[:, 2]
+    lightness = torch.where(y > 0.008856, 116 * y ** (1 / 3) - 16, 903.3 * y)
+    return (lightness * 2.55).round() / 255 < threshold
+
+
+def _linear_percentile(values: Tensor, q: float) -> Tensor:
+    position = q / 100 * (values.shape[1] - 1)
+    low = int(position)
+    above = values[:, min(low + 1, values.shape[1] - 1)]
+    return values[:, low] + (above - values[:, low]) * (position - low)
