@@ -123,25 +123,33 @@ def luminosity_mask(images: Tensor, threshold: float) -> Tensor:
         ``[N,H,W]`` bool. The stretch takes the 2nd percentile of all values of an image to 0 and the 98th to 255.
     """
     n, height, width = images.shape[0], images.shape[2], images.shape[3]
+    device = images.device
     if images.numel() == 0:
-        return torch.zeros(n, height, width, dtype=torch.bool, device=images.device)
-    x = images.detach().double() if images.dtype == torch.uint8 else (images.detach().double() * 255).round()
-    x = x.nan_to_num(255.0).clamp(0, 255)
-    values = x.flatten(1).sort(1).values
-    low, high = (_linear_percentile(values, q)[:, None, None, None] for q in (2.0, 98.0))
-    empty = low >= high
-    low = torch.where(empty, values[:, :1, None, None], low)
-    high = torch.where(empty, values[:, -1:, None, None], high)
-    stretched = (torch.minimum(torch.maximum(x, low), high) - low) / (high - low).clamp(min=1e-12) * 255
-    x = torch.where(high > low, (stretched + 1e-9).floor(), x) / 255
-    linear = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-    y = 0.212671 * linear[:, 0] + 0.715160 * linear[:, 1] + 0.072169 * linear[:, 2]
+        return torch.zeros(n, height, width, dtype=torch.bool, device=device)
+    x = images.detach()
+    levels = (x if x.dtype == torch.uint8 else (x.nan_to_num(1.0) * 255).round().clamp(0, 255)).long().flatten(2)
+    # Everything that depends on one grey level is worked out once for each of the 256.
+    offset = 256 * torch.arange(n, device=device)[:, None]
+    upto = torch.bincount((levels.flatten(1) + offset).flatten(), minlength=256 * n).view(n, 256).cumsum(1)
+    low, high = (_histogram_percentile(upto, q) for q in (2.0, 98.0))
+    ends = _histogram_percentile(upto, 0.0), _histogram_percentile(upto, 100.0)
+    low, high = torch.where(low < high, low, ends[0]), torch.where(low < high, high, ends[1])
+    grey = torch.arange(256, device=device, dtype=torch.float64).expand(n, 256)
+    share = (torch.minimum(torch.maximum(grey, low), high) - low) / (high - low).clamp(min=1e-12)
+    stretched = torch.where(high > low, (share * 255 + 1e-9).floor(), grey) / 255
+    linear = torch.where(stretched <= 0.04045, stretched / 12.92, ((stretched + 0.055) / 1.055) ** 2.4)
+    channels = linear.gather(1, levels.flatten(1)).view(n, 3, -1)
+    y = 0.212671 * channels[:, 0] + 0.715160 * channels[:, 1] + 0.072169 * channels[:, 2]
     lightness = torch.where(y > 0.008856, 116 * y ** (1 / 3) - 16, 903.3 * y)
-    return (lightness * 2.55).round() / 255 < threshold
+    return ((lightness * 2.55).round() / 255 < threshold).view(n, height, width)
 
 
-def _linear_percentile(values: Tensor, q: float) -> Tensor:
-    position = q / 100 * (values.shape[1] - 1)
-    low = int(position)
-    above = values[:, min(low + 1, values.shape[1] - 1)]
-    return values[:, low] + (above - values[:, low]) * (position - low)
+def _histogram_percentile(upto: Tensor, q: float) -> Tensor:
+    """Linear percentile ``[N,1]`` of grey levels from their cumulative counts ``[N,256]``."""
+    last = upto[:, -1:] - 1
+    position = q / 100 * last.double()
+    low = position.floor().long()
+    first, second = (
+        torch.searchsorted(upto, rank, right=True).double() for rank in (low, torch.minimum(low + 1, last))
+    )
+    return first + (second - first) * (position - low)

@@ -1,12 +1,14 @@
 """Presets against each package's formula, transcribed independently in float64 numpy; and against torchstain itself."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from small_sets import render, stained
 
+from histodd_bench.data.demo_render import draw_stain, render_slide
 from histodd_bench.errors import UsageError
 from histodd_bench.ops.macenko_fit import LITTLE_TISSUE, OK
 from histodd_bench.stain import MacenkoNormalizer, StainTemplate
@@ -75,17 +77,31 @@ FORMULAS = {"torchstain-numpy": torchstain_numpy, "cucim": cucim, "tiatoolbox": 
 
 
 def made_up(size=64):
-    """Nuclei, stroma and glass: what the demo draws, in small."""
+    """Noise in two stains, and glass."""
     g = torch.Generator().manual_seed(4)
     nuclei = (torch.rand(3, size, size, generator=g) > 0.7) * (1 + torch.rand(3, size, size, generator=g))
     glass = (torch.rand(3, size, size, generator=g) > 0.15).float()
     return render(nuclei * glass, 0.9 * torch.rand(3, size, size, generator=g) * glass)
 
 
+@cache
+def demo():
+    """Patches of two slides of the demo, the parts without tissue included."""
+    patches = []
+    for seed, centre in ((0, 0), (1, 1)):
+        rng = np.random.default_rng(seed)
+        light, _ = render_slide(rng, 300.0, draw_stain(rng, centre, 1.0), 0.3)
+        slide = torch.from_numpy(light).permute(2, 0, 1)
+        patches += [slide[:, y : y + 128, x : x + 128].contiguous() for y in (0, 180, 300) for x in (160, 290)]
+    return patches
+
+
 @pytest.fixture
 def images(request, read_rgb):
     if request.param == "made up":
         return list(made_up())
+    if request.param == "demo":
+        return demo()
     data = request.getfixturevalue("shared_data")
     if request.param == "idc":
         found = [read_rgb(f) for f in sorted((data / "idc").glob("*/*/*.png"))[5::600]]
@@ -96,7 +112,7 @@ def images(request, read_rgb):
     ]
 
 
-@pytest.mark.parametrize("images", ["made up", "idc", "stain"], indirect=True)
+@pytest.mark.parametrize("images", ["made up", "demo", "idc", "stain"], indirect=True)
 @pytest.mark.parametrize("name", list(FORMULAS))
 def test_preset_follows_the_formula_of_its_package(images, name):
     normalizer = MacenkoNormalizer(definition=name)
@@ -136,7 +152,7 @@ def test_tiatoolbox_preset_gives_its_expected_image(shared_data, read_rgb):
     assert difference.double().mean() / 255 < 2e-3  # the package's own test allows 1e-2
 
 
-@pytest.mark.parametrize("images", ["made up", "idc", "stain"], indirect=True)
+@pytest.mark.parametrize("images", ["made up", "demo", "idc", "stain"], indirect=True)
 def test_torchstain_itself(images):
     torchstain = pytest.importorskip("torchstain", reason="pip install 'histodd-bench[peers]' to compare with it")
     ours, theirs = MacenkoNormalizer(), torchstain.normalizers.MacenkoNormalizer(backend="torch")
@@ -151,6 +167,20 @@ def test_torchstain_itself(images):
         assert (got - expected).abs().max() <= 1
         assert (got - expected).abs().double().mean() <= 0.03
     assert tested >= len(images) * 2 // 3 and tested > 1
+
+
+@pytest.mark.parametrize("name", list(DEFINITIONS))
+def test_hard_tiles_never_give_nan(shared_data, read_rgb, name):
+    files = sorted((shared_data / "hard_tiles").glob("*.png"))
+    assert files
+    for file in files:
+        image = read_rgb(file)[None]
+        for batch in (image, image.float() / 255):
+            normalizer = MacenkoNormalizer(definition=name)
+            fit = normalizer.estimate(batch)
+            assert fit.stain_matrix.isfinite().all() and fit.max_concentration.isfinite().all(), file.name
+            out = normalizer(batch)
+            assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1, file.name
 
 
 def test_luminosity_mask_keeps_the_dark():
