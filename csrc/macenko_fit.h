@@ -103,12 +103,12 @@ HISTODD_HOT bool in_range(T x) {
 
 // Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|) and its mirror
 // image.
+// Choices are between constants only, so that compilers see no branch and vectorise.
 template <typename T>
 HISTODD_HOT T angle_key(T x, T y) {
-  const T ax = x < T(0) ? -x : x, ay = y < T(0) ? -y : y, sum = ax + ay;
+  const T sum = std::fabs(x) + std::fabs(y);
   const T d = y / (sum > T(1e-30) ? sum : T(1e-30));
-  const T mirrored = y < T(0) ? T(-2) - d : T(2) - d;
-  return x < T(0) ? mirrored : d;
+  return d * (x < T(0) ? T(-1) : T(1)) + std::copysign(x < T(0) ? T(2) : T(0), y);
 }
 
 HISTODD_HD double key_angle(double key) {
@@ -342,7 +342,7 @@ struct AngleKeys {  // minus and plus the angle key of tissue pixels
   }
   HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
     const T key = angle_key(u[0] * r + u[1] * g + u[2] * b, v[0] * r + v[1] * g + v[2] * b);
-    second = is_tissue(r, g, b, beta) ? key : static_cast<T>(NAN);
+    second = key + (is_tissue(r, g, b, beta) ? T(0) : static_cast<T>(NAN));
     first = -second;
   }
 };
