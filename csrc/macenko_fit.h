@@ -101,9 +101,8 @@ HISTODD_HOT bool in_range(T x) {
 
 // ---- Angles ---------------------------------------------------------------------------------------------------------
 
-// Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|) and its mirror
-// image.
-// Choices are between constants only, so that compilers see no branch and vectorise.
+// Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|), mirrored for
+// negative x. Choices are between constants only, so that compilers see no branch and vectorise.
 template <typename T>
 HISTODD_HOT T angle_key(T x, T y) {
   const T sum = std::fabs(x) + std::fabs(y);

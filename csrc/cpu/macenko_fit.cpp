@@ -23,9 +23,10 @@
 namespace histodd {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // pixels per unit of work
-constexpr int64_t kBlock = 512;   // pixels whose keys wait in the L1 cache for selection
-constexpr int64_t kSampled = 1024;
+constexpr int64_t kChunk = 4096;    // pixels per unit of work
+constexpr int64_t kBlock = 512;     // pixels whose keys wait in the L1 cache for selection
+constexpr int64_t kSerial = 8192;   // below this many pixels threads cost more than they save
+constexpr int64_t kSampled = 1024;  // pixels of the sample that thresholds are guessed from, at most
 
 // ---- Passes: bodies compiled for every instruction set --------------------------------------------------------------
 
@@ -290,7 +291,8 @@ void fit_batch(const at::Tensor& image, const FitOptions& o, const FitOutputs& o
   // Few images: one after the other, each with all threads on its chunks.
   const int64_t threads = at::get_num_threads();
   const bool whole = images >= 4 * threads || images % threads == 0;
-  at::parallel_for(0, images, whole ? 1 : images, [&](int64_t begin, int64_t end) {
+  const int64_t grain = whole ? std::max<int64_t>(kSerial / pixels, 1) : images;
+  at::parallel_for(0, images, grain, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(pixels);
     for (int64_t i = begin; i < end; ++i) {
       const Fit fit = fit_image<In, T, Stride>(data + i * 3 * pixels, scratch, table.data(), o);
