@@ -252,9 +252,13 @@ Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& 
   s.over_chunks([&](int64_t c, int64_t begin, int64_t n) {
     s.bad[c] = 0;
     T* od = s.od.get() + begin;
-    for (int k = 0; k < 3; ++k) {
-      const In* x = Stride == 1 ? image + k * s.pixels + begin : image + k + 3 * begin;
-      run_best<DensityPass<In, T, Stride>>(x, n, density, table, od + k * s.pixels, &s.bad[c]);
+    const int64_t piece = Stride == 1 ? n : kBlock;  // interleaved channels are read while they are in the L1 cache
+    for (int64_t i = 0; i < n; i += piece) {
+      for (int k = 0; k < 3; ++k) {
+        const In* x = Stride == 1 ? image + k * s.pixels + begin : image + k + 3 * (begin + i);
+        run_best<DensityPass<In, T, Stride>>(x, std::min(piece, n - i), density, table, od + k * s.pixels + i,
+                                             &s.bad[c]);
+      }
     }
     run_best<MomentsPass<T>>(od, od + s.pixels, od + 2 * s.pixels, n, beta, &s.moments[c]);
   });
