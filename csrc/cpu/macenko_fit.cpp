@@ -261,6 +261,10 @@ Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& 
       }
     }
     run_best<MomentsPass<T>>(od, od + s.pixels, od + 2 * s.pixels, n, beta, &s.moments[c]);
+    // The sample is taken here, by the thread that has these pixels in its cache.
+    for (int64_t i = (begin + s.step - 1) / s.step; i * s.step < begin + n; ++i) {
+      for (int k = 0; k < 3; ++k) s.sample[k][i] = s.channel(k)[i * s.step];
+    }
   });
   Moments moments;
   for (const Moments& m : s.moments) moments.add(m);
@@ -268,10 +272,6 @@ Fit fit_image(const In* image, Scratch<T>& s, const T* table, const FitOptions& 
   if (too_little_tissue(moments.count, s.pixels, o)) return failed_fit(kFitLittleTissue);
   const Plane plane = principal_plane(moments, o.sign_by_first);
   if (plane.flat) return failed_fit(kFitDegenerate);
-
-  for (int k = 0; k < 3; ++k) {
-    for (int64_t i = 0; i < s.samples; ++i) s.sample[k][i] = s.channel(k)[i * s.step];
-  }
 
   const int64_t count = static_cast<int64_t>(moments.count);
   const Tails angles = tails_of(s, AngleKeys<T>(plane, beta), count, angle_ranks(count, o));
