@@ -16,24 +16,23 @@
 
 TORCH_LIBRARY(histodd, m) {
   // Schemas have no defaults: the Python wrappers own those.
+  m.def(
+      "macenko_fit(Tensor image, float io, float beta, float alpha, float min_tissue, float min_concentration, "
+      "str interpolation, bool plus_one, str sign) -> (Tensor stain_matrix, Tensor max_concentration, Tensor status)",
+      {at::Tag::pt2_compliant_tag});
   m.def("gradient_distance(Tensor[] real, Tensor[] synthetic, str kind, bool per_layer) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "gradient_distance_backward(Tensor grad, Tensor[] real, Tensor[] synthetic, str kind, bool per_layer, "
       "bool need_real, bool need_synthetic) -> (Tensor[], Tensor[])",
       {at::Tag::pt2_compliant_tag});
-
-  m.def(
-      "macenko_fit(Tensor image, float io, float beta, float alpha, float min_tissue, float min_concentration, "
-      "str interpolation, bool plus_one, str sign) -> (Tensor stain_matrix, Tensor max_concentration, Tensor status)",
-      {at::Tag::pt2_compliant_tag});
 }
 
 // First-order derivatives come from Python (torch.library.register_autograd). The *_backward ops have none of their
 // own: without this registration a double backward would silently be zero, with it autograd raises.
 TORCH_LIBRARY_IMPL(histodd, Autograd, m) {
-  m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("macenko_fit", torch::autograd::autogradNotImplementedFallback());  // the fit is detached
+  m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 PYBIND11_MODULE(_C, m) {
