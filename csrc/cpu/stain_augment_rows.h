@@ -1,0 +1,419 @@
+// The float32 kernels of stain_augment on rows of pixels, included once per instruction set by a file that names it in
+// HISTODD_ISA. Chunks of pixels pass through buffers that stay in the first-level cache: load (or gather), apply,
+// store. Loops are plain, for the compiler to vectorise; nothing here may have external linkage but the table at the
+// end.
+#include "stain_augment_kernels.h"
+
+namespace histodd {
+namespace {
+namespace HISTODD_ISA {
+
+constexpr int kChunk = 256;
+constexpr int kBlock = 16;  // pixels whose sampling positions are relative to one origin
+
+struct Rows {
+  alignas(64) float c[3][kChunk];
+};
+
+HISTODD_INLINE float to_float(uint8_t v) { return static_cast<float>(v); }
+HISTODD_INLINE float to_float(float v) { return v; }
+HISTODD_INLINE float to_float(c10::BFloat16 v) { return float_of(static_cast<uint32_t>(v.x) << 16); }
+HISTODD_INLINE float to_float(c10::Half v) { return static_cast<float>(v); }
+
+// To the scale [0, 1]; the division is exact, so that grey levels come out as they do elsewhere.
+template <typename T>
+HISTODD_INLINE float to_unit(T v) {
+  return sizeof(T) == 1 ? to_float(v) / 255.0f : to_float(v);
+}
+
+// Pixel `first` on, of one image. The channels of a float image in planes are used where they are.
+template <typename T>
+void load(const T* image, bool last, int64_t plane, int64_t first, int count, Rows& rows, const float* x[3]) {
+  for (int c = 0; c < 3; ++c) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (!last) {
+        x[c] = image + c * plane + first;
+        continue;
+      }
+    }
+    float* to = rows.c[c];
+    x[c] = to;
+    if (last) {
+      const T* from = image + 3 * first + c;
+#pragma omp simd
+      for (int k = 0; k < count; ++k) to[k] = to_unit(from[3 * k]);
+    } else {
+      const T* from = image + c * plane + first;
+#pragma omp simd
+      for (int k = 0; k < count; ++k) to[k] = to_unit(from[k]);
+    }
+  }
+}
+
+template <typename T>
+void store(const Rows& rows, T* image, bool last, int64_t plane, int64_t first, int count) {
+  for (int c = 0; c < 3; ++c) {
+    const float* from = rows.c[c];
+    T* to = last ? image + 3 * first + c : image + c * plane + first;
+    if (last) {
+      for (int k = 0; k < count; ++k) to[3 * k] = static_cast<T>(from[k]);
+    } else {
+#pragma omp simd
+      for (int k = 0; k < count; ++k) to[k] = static_cast<T>(from[k]);
+    }
+  }
+}
+
+// Of a chunk of one output row: which pixels of the image it samples, and the weights.
+struct Footprint {
+  alignas(64) int32_t pixel[kChunk];
+  alignas(64) float ax[kChunk], bx[kChunk], ay[kChunk], by[kChunk];
+};
+
+void find_footprint(const Warp& warp, int64_t row, int64_t first, int count, int height, int width, Footprint& f) {
+  const float dx = static_cast<float>(warp.xj), dy = static_cast<float>(warp.yj);
+  for (int block = 0; block < count; block += kBlock) {
+    const double i = static_cast<double>(row), j = static_cast<double>(first + block);
+    const Split<float> x = Split<float>::of(warp.x0 + warp.xi * i + warp.xj * j);
+    const Split<float> y = Split<float>::of(warp.y0 + warp.yi * i + warp.yj * j);
+#pragma omp simd
+    for (int k = 0; k < kBlock; ++k) {
+      const float step = static_cast<float>(k);
+      const Neighbours<float> across = Neighbours<float>::at(x.rest + dx * step, x.origin, width);
+      const Neighbours<float> down = Neighbours<float>::at(y.rest + dy * step, y.origin, height);
+      f.pixel[block + k] = down.first * width + across.first;
+      f.ax[block + k] = across.a;
+      f.bx[block + k] = across.b;
+      f.ay[block + k] = down.a;
+      f.by[block + k] = down.b;
+    }
+  }
+}
+
+template <typename T>
+void gather(const T* image, bool last, int64_t plane, int width, const Footprint& f, int count, Rows& rows) {
+  alignas(64) T top[2 * kChunk], bottom[2 * kChunk];  // pairs of neighbours
+  for (int c = 0; c < 3; ++c) {
+    if (last) {
+      for (int k = 0; k < count; ++k) {
+        const T* at = image + 3 * static_cast<int64_t>(f.pixel[k]) + c;
+        const T* below = at + 3 * static_cast<int64_t>(width);
+        top[2 * k] = at[0];
+        top[2 * k + 1] = at[3];
+        bottom[2 * k] = below[0];
+        bottom[2 * k + 1] = below[3];
+      }
+    } else {
+      const T* from = image + c * plane;
+      for (int k = 0; k < count; ++k) {
+        __builtin_memcpy(top + 2 * k, from + f.pixel[k], 2 * sizeof(T));
+        __builtin_memcpy(bottom + 2 * k, from + f.pixel[k] + width, 2 * sizeof(T));
+      }
+    }
+    float* to = rows.c[c];
+    constexpr float unit = sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f;
+#pragma omp simd
+    for (int k = 0; k < count; ++k) {
+      const float ax = unit * f.ax[k], bx = unit * f.bx[k], ay = f.ay[k], by = f.by[k];
+      const float white = 1.0f - (f.ax[k] + f.bx[k]) * (ay + by);
+      const float above = ax * to_float(top[2 * k]) + bx * to_float(top[2 * k + 1]);
+      const float below = ax * to_float(bottom[2 * k]) + bx * to_float(bottom[2 * k + 1]);
+      to[k] = ay * above + (by * below + white);
+    }
+  }
+}
+
+// The gradient d of the sampled pixels, added to the four neighbours in the scratch: [h,w,4], so that a neighbour's
+// three channels are one vector.
+typedef float Four __attribute__((vector_size(16)));
+
+void scatter(const Rows& d, const Footprint& f, int count, int width, float* scratch) {
+  alignas(64) float packed[4 * kChunk], weight[4 * kChunk];
+#pragma omp simd
+  for (int k = 0; k < count; ++k) {
+    packed[4 * k] = d.c[0][k];
+    packed[4 * k + 1] = d.c[1][k];
+    packed[4 * k + 2] = d.c[2][k];
+    packed[4 * k + 3] = 0.0f;
+  }
+#pragma omp simd
+  for (int k = 0; k < count; ++k) {
+    weight[4 * k] = f.ay[k] * f.ax[k];
+    weight[4 * k + 1] = f.ay[k] * f.bx[k];
+    weight[4 * k + 2] = f.by[k] * f.ax[k];
+    weight[4 * k + 3] = f.by[k] * f.bx[k];
+  }
+  for (int k = 0; k < count; ++k) {
+    const Four g = *reinterpret_cast<const Four*>(packed + 4 * k);
+    Four* top = reinterpret_cast<Four*>(scratch) + f.pixel[k];
+    Four* bottom = top + width;
+    top[0] += weight[4 * k] * g;
+    top[1] += weight[4 * k + 1] * g;
+    bottom[0] += weight[4 * k + 2] * g;
+    bottom[1] += weight[4 * k + 3] * g;
+  }
+}
+
+void stain_forward(const Stain<float>& stain, const float* const x[3], float* const y[3], const StainJob& job,
+                   int count) {
+  const Stain<float> s = stain;
+  const float s0 = job.scale[0], s1 = job.scale[1], s2 = job.scale[2];
+  const float t0 = job.shift[0], t1 = job.shift[1], t2 = job.shift[2];
+  const float *x0 = x[0], *x1 = x[1], *x2 = x[2];
+  float *y0 = y[0], *y1 = y[1], *y2 = y[2];
+#pragma omp simd
+  for (int k = 0; k < count; ++k) {
+    const float in[3] = {x0[k], x1[k], x2[k]};
+    float out[3];
+    s.value(in, out);
+    y0[k] = out[0] * s0 + t0;
+    y1[k] = out[1] * s1 + t1;
+    y2[k] = out[2] * s2 + t2;
+  }
+}
+
+// d = gradient of x for the gradient g of the result; l and h as in Stain::vjp.
+void stain_backward(const Stain<float>& stain, const float* const x[3], const float* const g[3], const StainJob& job,
+                    int count, Rows& d, Rows& l, Rows& h) {
+  const Stain<float> s = stain;
+  const float s0 = job.scale[0], s1 = job.scale[1], s2 = job.scale[2];
+  const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *g0 = g[0], *g1 = g[1], *g2 = g[2];
+#pragma omp simd
+  for (int k = 0; k < count; ++k) {
+    const float in[3] = {x0[k], x1[k], x2[k]}, grad[3] = {g0[k] * s0, g1[k] * s1, g2[k] * s2};
+    float dx[3], density[3], hk[3];
+    s.vjp(in, grad, dx, density, hk);
+    d.c[0][k] = dx[0];
+    d.c[1][k] = dx[1];
+    d.c[2][k] = dx[2];
+    l.c[0][k] = density[0];
+    l.c[1][k] = density[1];
+    l.c[2][k] = density[2];
+    h.c[0][k] = hk[0];
+    h.c[1][k] = hk[1];
+    h.c[2][k] = hk[2];
+  }
+}
+
+// Adds the gradient of [A|b] over one chunk.
+void add_stain_sums(const Rows& l, const Rows& h, int count, double* sums) {
+  for (int i = 0; i < 3; ++i) {
+    const float* hi = h.c[i];
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int k = 0; k < count; ++k) {
+      s0 += hi[k] * l.c[0][k];
+      s1 += hi[k] * l.c[1][k];
+      s2 += hi[k] * l.c[2][k];
+      s3 += hi[k];
+    }
+    sums[4 * i] += kLn2 * s0;
+    sums[4 * i + 1] += kLn2 * s1;
+    sums[4 * i + 2] += kLn2 * s2;
+    sums[4 * i + 3] -= s3;
+  }
+}
+
+void scale_shift(const float* const x[3], float* const y[3], const float* scale, const float* shift, int count) {
+  for (int c = 0; c < 3; ++c) {
+    const float *from = x[c], s = scale[c], t = shift[c];
+    float* to = y[c];
+#pragma omp simd
+    for (int k = 0; k < count; ++k) to[k] = from[k] * s + t;
+  }
+}
+
+// f(first pixel, number of pixels, row) for chunks of the rows [begin, end); without a warp rows run into each other.
+template <typename F>
+void for_chunks(const StainJob& job, int64_t begin, int64_t end, F& f) {
+  if (!job.warp) {
+    for (int64_t p = begin * job.w; p < end * job.w; p += kChunk) {
+      f(p, static_cast<int>(end * job.w - p < kChunk ? end * job.w - p : kChunk), 0, 0);
+    }
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t j = 0; j < job.w; j += kChunk) {
+      f(i * job.w + j, static_cast<int>(job.w - j < kChunk ? job.w - j : kChunk), i, j);
+    }
+  }
+}
+
+template <typename In, typename Out>
+struct Forward {
+  const StainJob& job;
+  const In* image;
+  Out* out;
+  const Stain<float>* stain;  // null: skipped
+  const Warp* warp;
+  Rows in_rows, out_rows;
+  Footprint footprint;
+
+  void operator()(int64_t first, int count, int64_t i, int64_t j) {
+    const int64_t plane = job.h * job.w;
+    const float* x[3];
+    if (warp) {
+      const int height = static_cast<int>(job.h), width = static_cast<int>(job.w);
+      find_footprint(*warp, i, j, count, height, width, footprint);
+      gather(image, job.image_last, plane, width, footprint, count, in_rows);
+      for (int c = 0; c < 3; ++c) x[c] = in_rows.c[c];
+    } else {
+      load(image, job.image_last, plane, first, count, in_rows, x);
+    }
+    float* y[3];
+    const bool direct = sizeof(Out) == sizeof(float) && !job.out_last;
+    for (int c = 0; c < 3; ++c) {
+      y[c] = direct ? reinterpret_cast<float*>(out) + c * plane + first : out_rows.c[c];
+    }
+    if (stain) {
+      stain_forward(*stain, x, y, job, count);
+    } else {
+      scale_shift(x, y, job.scale, job.shift, count);
+    }
+    if (!direct) store(out_rows, out, job.out_last, plane, first, count);
+  }
+};
+
+template <typename In, typename Out>
+struct Backward {
+  const StainJob& job;
+  const In* image;
+  const Out* grad;
+  In* grad_image;  // null: not wanted, or a warp's scratch takes it
+  const Stain<float>* stain;
+  const Warp* warp;
+  float* scratch;
+  double* sums;
+  Rows in_rows, grad_rows, d, l, h;
+  Footprint footprint;
+
+  void operator()(int64_t first, int count, int64_t i, int64_t j) {
+    const int64_t plane = job.h * job.w;
+    const int height = static_cast<int>(job.h), width = static_cast<int>(job.w);
+    const float *x[3], *g[3];
+    if (warp) find_footprint(*warp, i, j, count, height, width, footprint);
+    load(grad, job.out_last, plane, first, count, grad_rows, g);
+    if (stain) {
+      if (warp) {
+        gather(image, job.image_last, plane, width, footprint, count, in_rows);
+        for (int c = 0; c < 3; ++c) x[c] = in_rows.c[c];
+      } else {
+        load(image, job.image_last, plane, first, count, in_rows, x);
+      }
+      stain_backward(*stain, x, g, job, count, d, l, h);
+      if (sums) add_stain_sums(l, h, count, sums);
+    } else {
+      const float zero[3] = {0, 0, 0};
+      float* const to[3] = {d.c[0], d.c[1], d.c[2]};
+      scale_shift(g, to, job.scale, zero, count);
+    }
+    if (scratch) {
+      scatter(d, footprint, count, width, scratch);
+    } else if (grad_image) {
+      store(d, grad_image, job.image_last, plane, first, count);
+    }
+  }
+};
+
+template <typename T>
+T* image_at(const void* data, const StainJob& job, int64_t n) {
+  return static_cast<T*>(const_cast<void*>(data)) + n * 3 * job.h * job.w;
+}
+
+const Stain<float>* stain_of(const StainJob& job, int64_t n) {
+  return job.stain && !job.stain[n].skip ? job.stain + n : nullptr;
+}
+
+template <typename In, typename Out>
+void forward(const StainJob& job, int64_t n, int64_t begin, int64_t end) {
+  Forward<In, Out> f{job, image_at<const In>(job.image, job, n), image_at<Out>(job.out, job, n), stain_of(job, n),
+                     job.warp ? job.warp + n : nullptr};
+  for_chunks(job, begin, end, f);
+}
+
+template <typename In, typename Out>
+void backward(const StainJob& job, int64_t n, int64_t begin, int64_t end, float* scratch, double* sums) {
+  Backward<In, Out> f{job,
+                      image_at<const In>(job.image, job, n),
+                      image_at<const Out>(job.out, job, n),
+                      job.grad_image && !job.warp ? image_at<In>(job.grad_image, job, n) : nullptr,
+                      stain_of(job, n),
+                      job.warp ? job.warp + n : nullptr,
+                      job.grad_image && job.warp ? scratch : nullptr,
+                      sums};
+  for_chunks(job, begin, end, f);
+}
+
+template <typename T>
+void unpack(const StainJob& job, int64_t n, float* scratch) {
+  const int64_t plane = job.h * job.w;
+  Rows rows;
+  for (int64_t first = 0; first < plane; first += kChunk) {
+    const int count = static_cast<int>(plane - first < kChunk ? plane - first : kChunk);
+    float* from = scratch + 4 * first;
+#pragma omp simd
+    for (int k = 0; k < count; ++k) {
+      rows.c[0][k] = from[4 * k];
+      rows.c[1][k] = from[4 * k + 1];
+      rows.c[2][k] = from[4 * k + 2];
+    }
+    __builtin_memset(from, 0, 4 * sizeof(float) * count);
+    store(rows, image_at<T>(job.grad_image, job, n), job.image_last, plane, first, count);
+  }
+}
+
+#define HISTODD_WITH_PIXEL(pixel, T, ...) \
+  switch (pixel) {                        \
+    case Pixel::kByte: {                  \
+      using T = uint8_t;                  \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case Pixel::kFloat: {                 \
+      using T = float;                    \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case Pixel::kHalf: {                  \
+      using T = c10::Half;                \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case Pixel::kBFloat16: {              \
+      using T = c10::BFloat16;            \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+  }
+
+template <typename In>
+void forward_to(const StainJob& job, int64_t n, int64_t begin, int64_t end) {
+  HISTODD_WITH_PIXEL(job.out_type, Out, forward<In, Out>(job, n, begin, end))
+}
+
+template <typename In>
+void backward_from(const StainJob& job, int64_t n, int64_t begin, int64_t end, float* scratch, double* sums) {
+  HISTODD_WITH_PIXEL(job.out_type, Out, backward<In, Out>(job, n, begin, end, scratch, sums))
+}
+
+void forward_any(const StainJob& job, int64_t n, int64_t begin, int64_t end) {
+  HISTODD_WITH_PIXEL(job.image_type, In, forward_to<In>(job, n, begin, end))
+}
+
+void backward_any(const StainJob& job, int64_t n, int64_t begin, int64_t end, float* scratch, double* sums) {
+  HISTODD_WITH_PIXEL(job.image_type, In, backward_from<In>(job, n, begin, end, scratch, sums))
+}
+
+void unpack_any(const StainJob& job, int64_t n, float* scratch) {
+  HISTODD_WITH_PIXEL(job.image_type, T, unpack<T>(job, n, scratch))
+}
+
+}  // namespace HISTODD_ISA
+}  // namespace
+
+#define HISTODD_PASTE(a, b) a##b
+#define HISTODD_TABLE(isa) HISTODD_PASTE(stain_kernels_, isa)
+const StainKernels HISTODD_TABLE(HISTODD_ISA) = {HISTODD_ISA::forward_any, HISTODD_ISA::backward_any,
+                                                 HISTODD_ISA::unpack_any};
+
+}  // namespace histodd
