@@ -59,12 +59,12 @@ HISTODD_INLINE float exp2_of(float e) {
   e = e < -126.0f ? -126.0f : e;
   const float t = e + 12582912.0f;  // 1.5 * 2^23: the nearest integer lands in the lowest bits
   const float f = e - (t - 12582912.0f);
-  float p = 0.001327647199f;
-  p = p * f + 0.009675541334f;
-  p = p * f + 0.05550713273f;
-  p = p * f + 0.2402211972f;
-  p = p * f + 0.6931469671f;
-  p = p * f + 1.000000072f;
+  float p = 0.001326475415f;
+  p = p * f + 0.009671497995f;
+  p = p * f + 0.05550733464f;
+  p = p * f + 0.240222424f;
+  p = p * f + 0.693146978f;
+  p = p * f + 1.0f;  // so that 2^0 is 1 and nothing exceeds it
   return p * float_of((bits_of(t) << 23) + 0x3f800000u);
 #endif
 }

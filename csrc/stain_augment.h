@@ -9,6 +9,11 @@
 namespace histodd {
 
 template <typename S>
+struct Rgb {
+  S r, g, b;
+};
+
+template <typename S>
 struct Stain {
   S a[9], c[3];
   S p, q;    // (255 x + 1) / io = p x + q
@@ -28,26 +33,30 @@ struct Stain {
     return s;
   }
 
-  HISTODD_INLINE void densities(const S x[3], S l[3]) const {
-    for (int j = 0; j < 3; ++j) l[j] = log2_of(p * x[j] + q);
+  HISTODD_INLINE Rgb<S> densities(const Rgb<S>& x) const {
+    return {log2_of(p * x.r + q), log2_of(p * x.g + q), log2_of(p * x.b + q)};
   }
 
-  // y = 2^min(A l + c, 0)
-  HISTODD_INLINE void value(const S x[3], S y[3]) const {
-    S l[3];
-    densities(x, l);
-    for (int i = 0; i < 3; ++i) y[i] = exp2_of(a[3 * i] * l[0] + a[3 * i + 1] * l[1] + a[3 * i + 2] * l[2] + c[i]);
+  HISTODD_INLINE Rgb<S> exponents(const Rgb<S>& l) const {
+    return {a[0] * l.r + a[1] * l.g + a[2] * l.b + c[0], a[3] * l.r + a[4] * l.g + a[5] * l.b + c[1],
+            a[6] * l.r + a[7] * l.g + a[8] * l.b + c[2]};
   }
 
-  // dx for the gradient g of y; also l, and h = g y where the clamp lets it pass: dA_ij = ln 2 h_i l_j, db_i = -h_i.
-  HISTODD_INLINE void vjp(const S x[3], const S g[3], S dx[3], S l[3], S h[3]) const {
-    densities(x, l);
-    for (int i = 0; i < 3; ++i) {
-      const S e = a[3 * i] * l[0] + a[3 * i + 1] * l[1] + a[3 * i + 2] * l[2] + c[i];
-      const S y = g[i] * exp2_of(e);
-      h[i] = e > S(0) ? S(0) : y;
-    }
-    for (int j = 0; j < 3; ++j) dx[j] = (a[j] * h[0] + a[3 + j] * h[1] + a[6 + j] * h[2]) * (p / (p * x[j] + q));
+  HISTODD_INLINE Rgb<S> value(const Rgb<S>& x) const {
+    const Rgb<S> e = exponents(densities(x));
+    return {exp2_of(e.r), exp2_of(e.g), exp2_of(e.b)};
+  }
+
+  // The gradient of x for the gradient g of the value; also l, and h = g y where the clamp lets it pass:
+  // dA_ij = ln 2 h_i l_j and db_i = -h_i.
+  HISTODD_INLINE Rgb<S> vjp(const Rgb<S>& x, const Rgb<S>& g, Rgb<S>& l, Rgb<S>& h) const {
+    l = densities(x);
+    const Rgb<S> e = exponents(l);
+    h = {e.r > S(0) ? S(0) : g.r * exp2_of(e.r), e.g > S(0) ? S(0) : g.g * exp2_of(e.g),
+         e.b > S(0) ? S(0) : g.b * exp2_of(e.b)};
+    return {(a[0] * h.r + a[3] * h.g + a[6] * h.b) * (p / (p * x.r + q)),
+            (a[1] * h.r + a[4] * h.g + a[7] * h.b) * (p / (p * x.g + q)),
+            (a[2] * h.r + a[5] * h.g + a[8] * h.b) * (p / (p * x.b + q))};
   }
 };
 

@@ -150,15 +150,17 @@ void forward_rows(const at::Tensor& image, const at::Tensor& out, const Paramete
   const int64_t h = image.size(2), w = image.size(3);
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t j = 0; j < w; ++j) {
-      double x[3], y[3];
+      double x[3];
       if (p.warp.empty()) {
         for (int c = 0; c < 3; ++c) x[c] = from.template get<double>(i * w + j, c);
       } else {
         sample(from, Corners(p.warp[n], i, j, h, w), x);
       }
-      const bool stained = !p.stain.empty() && !p.stain[n].skip;
-      if (stained) p.stain[n].value(x, y);
-      for (int c = 0; c < 3; ++c) to.set(i * w + j, c, (stained ? y : x)[c] * p.scale[c] + p.shift[c]);
+      if (!p.stain.empty() && !p.stain[n].skip) {
+        const Rgb<double> y = p.stain[n].value({x[0], x[1], x[2]});
+        x[0] = y.r, x[1] = y.g, x[2] = y.b;
+      }
+      for (int c = 0; c < 3; ++c) to.set(i * w + j, c, x[c] * p.scale[c] + p.shift[c]);
     }
   }
 }
@@ -172,16 +174,19 @@ void backward_rows(const at::Tensor& image, const at::Tensor& grad, const at::Te
   const int64_t h = image.size(2), w = image.size(3);
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t j = 0; j < w; ++j) {
-      double x[3], g[3], dx[3], l[3], hi[3];
-      for (int c = 0; c < 3; ++c) dx[c] = g[c] = upstream.template get<double>(i * w + j, c) * p.scale[c];
+      double x[3], dx[3];
+      for (int c = 0; c < 3; ++c) dx[c] = upstream.template get<double>(i * w + j, c) * p.scale[c];
       if (p.warp.empty()) {
         for (int c = 0; c < 3; ++c) x[c] = from.template get<double>(i * w + j, c);
       } else {
         sample(from, Corners(p.warp[n], i, j, h, w), x);
       }
       if (!p.stain.empty() && !p.stain[n].skip) {
-        p.stain[n].vjp(x, g, dx, l, hi);
-        for (int k = 0; sums && k < 12; ++k) sums[k] += k % 4 == 3 ? -hi[k / 4] : kLn2 * hi[k / 4] * l[k % 4];
+        Rgb<double> l, h;
+        const Rgb<double> d = p.stain[n].vjp({x[0], x[1], x[2]}, {dx[0], dx[1], dx[2]}, l, h);
+        dx[0] = d.r, dx[1] = d.g, dx[2] = d.b;
+        const double rows[3] = {h.r, h.g, h.b}, columns[4] = {kLn2 * l.r, kLn2 * l.g, kLn2 * l.b, -1};
+        for (int k = 0; sums && k < 12; ++k) sums[k] += rows[k / 4] * columns[k % 4];
       }
       if (!grad_image.defined()) continue;
       if (scratch) {

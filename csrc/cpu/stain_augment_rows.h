@@ -163,12 +163,10 @@ void stain_forward(const Stain<float>& stain, const float* const x[3], float* co
   float *y0 = y[0], *y1 = y[1], *y2 = y[2];
 #pragma omp simd
   for (int k = 0; k < count; ++k) {
-    const float in[3] = {x0[k], x1[k], x2[k]};
-    float out[3];
-    s.value(in, out);
-    y0[k] = out[0] * s0 + t0;
-    y1[k] = out[1] * s1 + t1;
-    y2[k] = out[2] * s2 + t2;
+    const Rgb<float> v = s.value({x0[k], x1[k], x2[k]});
+    y0[k] = v.r * s0 + t0;
+    y1[k] = v.g * s1 + t1;
+    y2[k] = v.b * s2 + t2;
   }
 }
 
@@ -180,18 +178,17 @@ void stain_backward(const Stain<float>& stain, const float* const x[3], const fl
   const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *g0 = g[0], *g1 = g[1], *g2 = g[2];
 #pragma omp simd
   for (int k = 0; k < count; ++k) {
-    const float in[3] = {x0[k], x1[k], x2[k]}, grad[3] = {g0[k] * s0, g1[k] * s1, g2[k] * s2};
-    float dx[3], density[3], hk[3];
-    s.vjp(in, grad, dx, density, hk);
-    d.c[0][k] = dx[0];
-    d.c[1][k] = dx[1];
-    d.c[2][k] = dx[2];
-    l.c[0][k] = density[0];
-    l.c[1][k] = density[1];
-    l.c[2][k] = density[2];
-    h.c[0][k] = hk[0];
-    h.c[1][k] = hk[1];
-    h.c[2][k] = hk[2];
+    Rgb<float> density, hk;
+    const Rgb<float> dx = s.vjp({x0[k], x1[k], x2[k]}, {g0[k] * s0, g1[k] * s1, g2[k] * s2}, density, hk);
+    d.c[0][k] = dx.r;
+    d.c[1][k] = dx.g;
+    d.c[2][k] = dx.b;
+    l.c[0][k] = density.r;
+    l.c[1][k] = density.g;
+    l.c[2][k] = density.b;
+    h.c[0][k] = hk.r;
+    h.c[1][k] = hk.g;
+    h.c[2][k] = hk.b;
   }
 }
 
