@@ -16,6 +16,11 @@ namespace histodd {
 
 constexpr double kLn2 = 0.693147180559945309417;
 
+HISTODD_INLINE float floor_of(float x) { return floorf(x); }
+HISTODD_INLINE double floor_of(double x) { return floor(x); }
+HISTODD_INLINE float abs_of(float x) { return fabsf(x); }
+HISTODD_INLINE double abs_of(double x) { return fabs(x); }
+
 HISTODD_INLINE uint32_t bits_of(float x) {
   uint32_t i;
   __builtin_memcpy(&i, &x, sizeof i);

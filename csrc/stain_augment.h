@@ -47,16 +47,21 @@ struct Stain {
     return {exp2_of(e.r), exp2_of(e.g), exp2_of(e.b)};
   }
 
-  // The gradient of x for the gradient g of the value; also l, and h = g y where the clamp lets it pass:
-  // dA_ij = ln 2 h_i l_j and db_i = -h_i.
-  HISTODD_INLINE Rgb<S> vjp(const Rgb<S>& x, const Rgb<S>& g, Rgb<S>& l, Rgb<S>& h) const {
-    l = densities(x);
-    const Rgb<S> e = exponents(l);
-    h = {e.r > S(0) ? S(0) : g.r * exp2_of(e.r), e.g > S(0) ? S(0) : g.g * exp2_of(e.g),
-         e.b > S(0) ? S(0) : g.b * exp2_of(e.b)};
-    return {(a[0] * h.r + a[3] * h.g + a[6] * h.b) * (p / (p * x.r + q)),
-            (a[1] * h.r + a[4] * h.g + a[7] * h.b) * (p / (p * x.g + q)),
-            (a[2] * h.r + a[5] * h.g + a[8] * h.b) * (p / (p * x.b + q))};
+  // For the gradient g of the value: the gradient d of x, and l and h = g y where the clamp lets it pass, which make up
+  // the gradient of [A|b]: dA_ij = ln 2 h_i l_j, db_i = -h_i.
+  struct Vjp {
+    Rgb<S> d, l, h;
+  };
+  HISTODD_INLINE Vjp vjp(const Rgb<S>& x, const Rgb<S>& g) const {
+    const Rgb<S> l = densities(x), e = exponents(l);
+    const S r = e.r > S(0) ? S(0) : g.r * exp2_of(e.r);
+    const S v = e.g > S(0) ? S(0) : g.g * exp2_of(e.g);
+    const S b = e.b > S(0) ? S(0) : g.b * exp2_of(e.b);
+    return {
+        {(a[0] * r + a[3] * v + a[6] * b) * (p / (p * x.r + q)), (a[1] * r + a[4] * v + a[7] * b) * (p / (p * x.g + q)),
+         (a[2] * r + a[5] * v + a[8] * b) * (p / (p * x.b + q))},
+        l,
+        {r, v, b}};
   }
 };
 
@@ -91,9 +96,7 @@ struct Neighbours {
   // position = origin + x, with an integral origin of at most 2^23 in size, so that x stays small and exact.
   HISTODD_INLINE static Neighbours at(S x, int origin, int size) {
     const S low = static_cast<S>(-origin), high = static_cast<S>((size > 1 ? size - 2 : 0) - origin);
-    S floor = static_cast<S>(static_cast<int>(clamped(x, S(-16777216), S(16777216))));
-    floor = floor > x ? floor - S(1) : floor;
-    floor = clamped(floor, low, high);
+    const S floor = clamped(floor_of(x), low, high);
     return {origin + static_cast<int>(floor), hat(x - floor), size > 1 ? hat(x - floor - S(1)) : S(0)};
   }
   HISTODD_INLINE static S clamped(S x, S low, S high) {
@@ -101,7 +104,7 @@ struct Neighbours {
     return x < high ? x : high;
   }
   HISTODD_INLINE static S hat(S t) {  // 0 for NaN
-    const S w = S(1) - (t < S(0) ? -t : t);
+    const S w = S(1) - abs_of(t);
     return w > S(0) ? w : S(0);
   }
 };
@@ -113,7 +116,7 @@ struct Split {
   S rest;
 
   HISTODD_INLINE static Split of(double position) {
-    double whole = floor(position);
+    double whole = floor_of(position);
     whole = whole > -8388608.0 ? whole : -8388608.0;  // NaN goes low
     whole = whole < 8388608.0 ? whole : 8388608.0;
     return {static_cast<int>(whole), static_cast<S>(position - whole)};

@@ -182,10 +182,9 @@ void backward_rows(const at::Tensor& image, const at::Tensor& grad, const at::Te
         sample(from, Corners(p.warp[n], i, j, h, w), x);
       }
       if (!p.stain.empty() && !p.stain[n].skip) {
-        Rgb<double> l, h;
-        const Rgb<double> d = p.stain[n].vjp({x[0], x[1], x[2]}, {dx[0], dx[1], dx[2]}, l, h);
-        dx[0] = d.r, dx[1] = d.g, dx[2] = d.b;
-        const double rows[3] = {h.r, h.g, h.b}, columns[4] = {kLn2 * l.r, kLn2 * l.g, kLn2 * l.b, -1};
+        const Stain<double>::Vjp v = p.stain[n].vjp({x[0], x[1], x[2]}, {dx[0], dx[1], dx[2]});
+        dx[0] = v.d.r, dx[1] = v.d.g, dx[2] = v.d.b;
+        const double rows[3] = {v.h.r, v.h.g, v.h.b}, columns[4] = {kLn2 * v.l.r, kLn2 * v.l.g, kLn2 * v.l.b, -1};
         for (int k = 0; sums && k < 12; ++k) sums[k] += rows[k / 4] * columns[k % 4];
       }
       if (!grad_image.defined()) continue;
@@ -253,7 +252,7 @@ struct Units {
 
   Units(const at::Tensor& image, bool whole) {
     const int64_t h = image.size(2), w = image.size(3);
-    rows = whole ? h : std::clamp<int64_t>(kUnit / std::max<int64_t>(w, 1), 1, std::max<int64_t>(h, 1));
+    rows = whole ? h : std::clamp<int64_t>(kUnit / std::max<int64_t>(w, 1), std::min<int64_t>(h, 8), h);
     per_image = image.numel() ? (h + rows - 1) / rows : 0;
     count = image.size(0) * per_image;
   }
@@ -270,9 +269,11 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
   const int64_t h = image.size(2);
   const auto for_units = [&](auto&& f) {
     at::parallel_for(0, units.count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u % units.per_image * units.rows;
-        f(u / units.per_image, row, std::min(row + units.rows, h));
+      while (begin < end) {  // what one task has of one image, together
+        const int64_t n = begin / units.per_image, first = begin % units.per_image;
+        const int64_t last = std::min(end - n * units.per_image, units.per_image);
+        f(n, first * units.rows, std::min(last * units.rows, h));
+        begin += last - first;
       }
     });
   };

@@ -8,8 +8,15 @@ namespace histodd {
 namespace {
 namespace HISTODD_ISA {
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define HISTODD_SCALAR __attribute__((noinline, optimize("no-tree-vectorize,no-tree-slp-vectorize")))
+#else
+#define HISTODD_SCALAR
+#endif
+
 constexpr int kChunk = 256;
-constexpr int kBlock = 16;  // pixels whose sampling positions are relative to one origin
+constexpr int kTile = 64, kTileRows = 32;  // of the output, with a warp
+constexpr int kBlock = 32;                 // pixels whose sampling positions are relative to one origin
 
 struct Rows {
   alignas(64) float c[3][kChunk];
@@ -76,49 +83,80 @@ void find_footprint(const Warp& warp, int64_t row, int64_t first, int count, int
     const double i = static_cast<double>(row), j = static_cast<double>(first + block);
     const Split<float> x = Split<float>::of(warp.x0 + warp.xi * i + warp.xj * j);
     const Split<float> y = Split<float>::of(warp.y0 + warp.yi * i + warp.yj * j);
+    const int size = count - block < kBlock ? count - block : kBlock;
+    int32_t* pixel = f.pixel + block;
+    float *ax = f.ax + block, *bx = f.bx + block, *ay = f.ay + block, *by = f.by + block;
 #pragma omp simd
-    for (int k = 0; k < kBlock; ++k) {
+    for (int k = 0; k < size; ++k) {
       const float step = static_cast<float>(k);
       const Neighbours<float> across = Neighbours<float>::at(x.rest + dx * step, x.origin, width);
       const Neighbours<float> down = Neighbours<float>::at(y.rest + dy * step, y.origin, height);
-      f.pixel[block + k] = down.first * width + across.first;
-      f.ax[block + k] = across.a;
-      f.bx[block + k] = across.b;
-      f.ay[block + k] = down.a;
-      f.by[block + k] = down.b;
+      pixel[k] = down.first * width + across.first;
+      ax[k] = across.a;
+      bx[k] = across.b;
+      ay[k] = down.a;
+      by[k] = down.b;
+    }
+  }
+}
+
+// Pairs of neighbours along the row, of the pixels of a chunk: upper and lower row, three channels.
+template <typename T>
+struct Pairs {
+  alignas(64) T upper[3][2 * kChunk], lower[3][2 * kChunk];
+};
+
+// Scalar by design: put together in vector registers the pairs take longer.
+template <typename T>
+HISTODD_SCALAR void copy_planes(const T* image, int64_t plane, int64_t width, const int32_t* pixel, int64_t count,
+                                Pairs<T>& pairs) {
+  constexpr size_t size = 2 * sizeof(T);
+  const T *r = image, *g = image + plane, *b = image + 2 * plane;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t at = pixel[k], below = at + width;
+    __builtin_memcpy(pairs.upper[0] + 2 * k, r + at, size);
+    __builtin_memcpy(pairs.lower[0] + 2 * k, r + below, size);
+    __builtin_memcpy(pairs.upper[1] + 2 * k, g + at, size);
+    __builtin_memcpy(pairs.lower[1] + 2 * k, g + below, size);
+    __builtin_memcpy(pairs.upper[2] + 2 * k, b + at, size);
+    __builtin_memcpy(pairs.lower[2] + 2 * k, b + below, size);
+  }
+}
+
+template <typename T>
+HISTODD_SCALAR void copy_interleaved(const T* image, int64_t width, const int32_t* pixel, int64_t count,
+                                     Pairs<T>& pairs) {
+  for (int64_t k = 0; k < count; ++k) {
+    const T* at = image + 3 * static_cast<int64_t>(pixel[k]);
+    const T* below = at + 3 * width;
+    for (int c = 0; c < 3; ++c) {
+      pairs.upper[c][2 * k] = at[c];
+      pairs.upper[c][2 * k + 1] = at[c + 3];
+      pairs.lower[c][2 * k] = below[c];
+      pairs.lower[c][2 * k + 1] = below[c + 3];
     }
   }
 }
 
 template <typename T>
-void gather(const T* image, bool last, int64_t plane, int width, const Footprint& f, int count, Rows& rows) {
-  alignas(64) T top[2 * kChunk], bottom[2 * kChunk];  // pairs of neighbours
+void gather(const T* image, bool last, int64_t plane, int width, const Footprint& f, int count, Pairs<T>& pairs,
+            Rows& rows) {
+  if (last) {
+    copy_interleaved(image, width, f.pixel, count, pairs);
+  } else {
+    copy_planes(image, plane, width, f.pixel, count, pairs);
+  }
+  constexpr float unit = sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f;
   for (int c = 0; c < 3; ++c) {
-    if (last) {
-      for (int k = 0; k < count; ++k) {
-        const T* at = image + 3 * static_cast<int64_t>(f.pixel[k]) + c;
-        const T* below = at + 3 * static_cast<int64_t>(width);
-        top[2 * k] = at[0];
-        top[2 * k + 1] = at[3];
-        bottom[2 * k] = below[0];
-        bottom[2 * k + 1] = below[3];
-      }
-    } else {
-      const T* from = image + c * plane;
-      for (int k = 0; k < count; ++k) {
-        __builtin_memcpy(top + 2 * k, from + f.pixel[k], 2 * sizeof(T));
-        __builtin_memcpy(bottom + 2 * k, from + f.pixel[k] + width, 2 * sizeof(T));
-      }
-    }
+    const T *upper = pairs.upper[c], *lower = pairs.lower[c];
     float* to = rows.c[c];
-    constexpr float unit = sizeof(T) == 1 ? 1.0f / 255.0f : 1.0f;
 #pragma omp simd
-    for (int k = 0; k < count; ++k) {
-      const float ax = unit * f.ax[k], bx = unit * f.bx[k], ay = f.ay[k], by = f.by[k];
-      const float white = 1.0f - (f.ax[k] + f.bx[k]) * (ay + by);
-      const float above = ax * to_float(top[2 * k]) + bx * to_float(top[2 * k + 1]);
-      const float below = ax * to_float(bottom[2 * k]) + bx * to_float(bottom[2 * k + 1]);
-      to[k] = ay * above + (by * below + white);
+    for (int64_t k = 0; k < count; ++k) {
+      const float ax = f.ax[k], bx = f.bx[k], ay = f.ay[k], by = f.by[k];
+      const float white = 1.0f - (ax + bx) * (ay + by);
+      const float above = ax * to_float(upper[2 * k]) + bx * to_float(upper[2 * k + 1]);
+      const float below = ax * to_float(lower[2 * k]) + bx * to_float(lower[2 * k + 1]);
+      to[k] = (ay * above + by * below) * unit + white;
     }
   }
 }
@@ -178,17 +216,16 @@ void stain_backward(const Stain<float>& stain, const float* const x[3], const fl
   const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *g0 = g[0], *g1 = g[1], *g2 = g[2];
 #pragma omp simd
   for (int k = 0; k < count; ++k) {
-    Rgb<float> density, hk;
-    const Rgb<float> dx = s.vjp({x0[k], x1[k], x2[k]}, {g0[k] * s0, g1[k] * s1, g2[k] * s2}, density, hk);
-    d.c[0][k] = dx.r;
-    d.c[1][k] = dx.g;
-    d.c[2][k] = dx.b;
-    l.c[0][k] = density.r;
-    l.c[1][k] = density.g;
-    l.c[2][k] = density.b;
-    h.c[0][k] = hk.r;
-    h.c[1][k] = hk.g;
-    h.c[2][k] = hk.b;
+    const Stain<float>::Vjp v = s.vjp({x0[k], x1[k], x2[k]}, {g0[k] * s0, g1[k] * s1, g2[k] * s2});
+    d.c[0][k] = v.d.r;
+    d.c[1][k] = v.d.g;
+    d.c[2][k] = v.d.b;
+    l.c[0][k] = v.l.r;
+    l.c[1][k] = v.l.g;
+    l.c[2][k] = v.l.b;
+    h.c[0][k] = v.h.r;
+    h.c[1][k] = v.h.g;
+    h.c[2][k] = v.h.b;
   }
 }
 
@@ -220,18 +257,63 @@ void scale_shift(const float* const x[3], float* const y[3], const float* scale,
   }
 }
 
-// f(first pixel, number of pixels, row) for chunks of the rows [begin, end); without a warp rows run into each other.
+// The rows and columns of the image that a tile of the output, [i, i + rows) x [j, j + columns), samples.
+struct Box {
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+
+  Box() = default;
+  Box(const Warp& w, int64_t i, int64_t j, int64_t rows, int64_t columns, int64_t height, int64_t width) {
+    const double x = w.x0 + w.xi * i + w.xj * j, y = w.y0 + w.yi * i + w.yj * j;
+    left = inside(x + low(w.xi * rows) + low(w.xj * columns), width);
+    right = inside(x + 2 - low(-w.xi * rows) - low(-w.xj * columns), width);
+    top = inside(y + low(w.yi * rows) + low(w.yj * columns), height);
+    bottom = inside(y + 2 - low(-w.yi * rows) - low(-w.yj * columns), height);
+  }
+  static double low(double v) { return v < 0 ? v : 0; }
+  static int64_t inside(double v, int64_t size) {  // NaN is 0
+    v = v > 0 ? v : 0;
+    return static_cast<int64_t>(v < static_cast<double>(size) ? v : static_cast<double>(size));
+  }
+};
+
+// Asks for the rows [top, bottom) of a box; neither their order nor their places are what hardware would guess. Inlined
+// by force: the compiler takes a function that only prefetches for one without effect and drops its calls.
+template <typename T>
+HISTODD_INLINE void prefetch(const T* image, const StainJob& job, const Box& box, int64_t top, int64_t bottom) {
+  const int64_t step = job.image_last ? 3 : 1, plane = job.h * job.w;
+  for (int64_t y = top; y < bottom; ++y) {
+    for (int c = 0; c < (job.image_last ? 1 : 3); ++c) {
+      const char* row = reinterpret_cast<const char*>(image + c * plane + y * job.w * step);
+      const int64_t size = sizeof(T) * step;
+      for (int64_t at = box.left * size; at < box.right * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+}
+
+// f(first pixel, number of pixels, row, column) for chunks of the rows [begin, end). Without a warp rows run into each
+// other. With one they go in tiles, whose footprint in the image fits the first-level cache, and while one tile is
+// worked on the next one's footprint is asked for.
 template <typename F>
 void for_chunks(const StainJob& job, int64_t begin, int64_t end, F& f) {
+  const auto part = [](int64_t left, int64_t most) { return left < most ? left : most; };
   if (!job.warp) {
-    for (int64_t p = begin * job.w; p < end * job.w; p += kChunk) {
-      f(p, static_cast<int>(end * job.w - p < kChunk ? end * job.w - p : kChunk), 0, 0);
-    }
+    for (int64_t p = begin * job.w; p < end * job.w; p += kChunk) f(p, part(end * job.w - p, kChunk), 0, 0);
     return;
   }
-  for (int64_t i = begin; i < end; ++i) {
-    for (int64_t j = 0; j < job.w; j += kChunk) {
-      f(i * job.w + j, static_cast<int>(job.w - j < kChunk ? job.w - j : kChunk), i, j);
+  for (int64_t i0 = begin; i0 < end; i0 += kTileRows) {
+    const int64_t rows = part(end - i0, kTileRows);
+    for (int64_t j = 0; j < job.w; j += kTile) {
+      Box next;
+      if (j + kTile < job.w) {
+        next = Box(*f.warp, i0, j + kTile, rows, part(job.w - j - kTile, kTile), job.h, job.w);
+      } else if (i0 + rows < end) {
+        next = Box(*f.warp, i0 + rows, 0, part(end - i0 - rows, kTileRows), part(job.w, kTile), job.h, job.w);
+      }
+      const int64_t height = next.bottom - next.top;
+      for (int64_t r = 0; r < rows; ++r) {
+        prefetch(f.image, job, next, next.top + height * r / rows, next.top + height * (r + 1) / rows);
+        f((i0 + r) * job.w + j, part(job.w - j, kTile), i0 + r, j);
+      }
     }
   }
 }
@@ -245,14 +327,16 @@ struct Forward {
   const Warp* warp;
   Rows in_rows, out_rows;
   Footprint footprint;
+  Pairs<In> pairs;
 
-  void operator()(int64_t first, int count, int64_t i, int64_t j) {
+  void operator()(int64_t first, int64_t count64, int64_t i, int64_t j) {
     const int64_t plane = job.h * job.w;
+    const int count = static_cast<int>(count64);
     const float* x[3];
     if (warp) {
       const int height = static_cast<int>(job.h), width = static_cast<int>(job.w);
       find_footprint(*warp, i, j, count, height, width, footprint);
-      gather(image, job.image_last, plane, width, footprint, count, in_rows);
+      gather(image, job.image_last, plane, width, footprint, count, pairs, in_rows);
       for (int c = 0; c < 3; ++c) x[c] = in_rows.c[c];
     } else {
       load(image, job.image_last, plane, first, count, in_rows, x);
@@ -283,16 +367,17 @@ struct Backward {
   double* sums;
   Rows in_rows, grad_rows, d, l, h;
   Footprint footprint;
+  Pairs<In> pairs;
 
-  void operator()(int64_t first, int count, int64_t i, int64_t j) {
+  void operator()(int64_t first, int64_t count64, int64_t i, int64_t j) {
     const int64_t plane = job.h * job.w;
-    const int height = static_cast<int>(job.h), width = static_cast<int>(job.w);
+    const int height = static_cast<int>(job.h), width = static_cast<int>(job.w), count = static_cast<int>(count64);
     const float *x[3], *g[3];
     if (warp) find_footprint(*warp, i, j, count, height, width, footprint);
     load(grad, job.out_last, plane, first, count, grad_rows, g);
     if (stain) {
       if (warp) {
-        gather(image, job.image_last, plane, width, footprint, count, in_rows);
+        gather(image, job.image_last, plane, width, footprint, count, pairs, in_rows);
         for (int c = 0; c < 3; ++c) x[c] = in_rows.c[c];
       } else {
         load(image, job.image_last, plane, first, count, in_rows, x);
