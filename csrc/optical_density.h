@@ -55,13 +55,20 @@ HISTODD_INLINE float log2_of(float u) {
 #endif
 }
 
-// 2^min(e, 0), from below no smaller than 2^-126; NaN stays NaN.
-HISTODD_INLINE float exp2_of(float e) {
+// The range of exponents that exp2_of clamps to: variables, because the compiler takes constants as an invitation to
+// split the code by cases instead of taking a minimum and a maximum.
+template <typename S>
+struct Exponents {
+  S low = sizeof(S) == 4 ? -126 : -1022, high = 0;
+};
+
+// 2^e, with e clamped; NaN stays NaN.
+HISTODD_INLINE float exp2_of(float e, const Exponents<float>& range) {
+  e = range.high < e ? range.high : e;
+  e = range.low > e ? range.low : e;
 #ifdef __CUDA_ARCH__
-  return exp2f(e > 0.0f ? 0.0f : e);
+  return exp2f(e);
 #else
-  e = e > 0.0f ? 0.0f : e;
-  e = e < -126.0f ? -126.0f : e;
   const float t = e + 12582912.0f;  // 1.5 * 2^23: the nearest integer lands in the lowest bits
   const float f = e - (t - 12582912.0f);
   float p = 0.001326475415f;
@@ -75,6 +82,8 @@ HISTODD_INLINE float exp2_of(float e) {
 }
 
 HISTODD_INLINE double log2_of(double u) { return log2(u); }
-HISTODD_INLINE double exp2_of(double e) { return exp2(e > 0.0 ? 0.0 : e); }
+HISTODD_INLINE double exp2_of(double e, const Exponents<double>& range) {
+  return exp2(range.high < e ? range.high : e);
+}
 
 }  // namespace histodd

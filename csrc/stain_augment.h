@@ -16,7 +16,8 @@ struct Rgb {
 template <typename S>
 struct Stain {
   S a[9], c[3];
-  S p, q;    // (255 x + 1) / io = p x + q
+  S p, q;  // (255 x + 1) / io = p x + q
+  Exponents<S> range;
   int skip;  // nothing is done to this image
 
   // ab is one row-major [3,4], A and b side by side.
@@ -44,7 +45,7 @@ struct Stain {
 
   HISTODD_INLINE Rgb<S> value(const Rgb<S>& x) const {
     const Rgb<S> e = exponents(densities(x));
-    return {exp2_of(e.r), exp2_of(e.g), exp2_of(e.b)};
+    return {exp2_of(e.r, range), exp2_of(e.g, range), exp2_of(e.b, range)};
   }
 
   // For the gradient g of the value: the gradient d of x, and l and h = g y where the clamp lets it pass, which make up
@@ -54,9 +55,9 @@ struct Stain {
   };
   HISTODD_INLINE Vjp vjp(const Rgb<S>& x, const Rgb<S>& g) const {
     const Rgb<S> l = densities(x), e = exponents(l);
-    const S r = e.r > S(0) ? S(0) : g.r * exp2_of(e.r);
-    const S v = e.g > S(0) ? S(0) : g.g * exp2_of(e.g);
-    const S b = e.b > S(0) ? S(0) : g.b * exp2_of(e.b);
+    const S r = e.r > S(0) ? S(0) : g.r * exp2_of(e.r, range);
+    const S v = e.g > S(0) ? S(0) : g.g * exp2_of(e.g, range);
+    const S b = e.b > S(0) ? S(0) : g.b * exp2_of(e.b, range);
     return {
         {(a[0] * r + a[3] * v + a[6] * b) * (p / (p * x.r + q)), (a[1] * r + a[4] * v + a[7] * b) * (p / (p * x.g + q)),
          (a[2] * r + a[5] * v + a[8] * b) * (p / (p * x.b + q))},

@@ -73,7 +73,7 @@ void store(const Rows& rows, T* image, bool last, int64_t plane, int64_t first, 
 
 // Of a chunk of one output row: which pixels of the image it samples, and the weights.
 struct Footprint {
-  alignas(64) int32_t pixel[kChunk];
+  alignas(64) int32_t pixel[kChunk + 1];
   alignas(64) float ax[kChunk], bx[kChunk], ay[kChunk], by[kChunk];
 };
 
@@ -98,6 +98,7 @@ void find_footprint(const Warp& warp, int64_t row, int64_t first, int count, int
       by[k] = down.b;
     }
   }
+  if (count % 2) f.pixel[count] = 0;  // pairs of pixels are copied
 }
 
 // Pairs of neighbours along the row, of the pixels of a chunk: upper and lower row, three channels.
@@ -106,20 +107,36 @@ struct Pairs {
   alignas(64) T upper[3][2 * kChunk], lower[3][2 * kChunk];
 };
 
-// Scalar by design: put together in vector registers the pairs take longer.
+// Two pairs of floats; the compiler makes one store of it.
+typedef int64_t TwoPairs __attribute__((vector_size(16)));
+
+template <typename T>
+HISTODD_INLINE void copy_two(const T* row, int64_t first, int64_t second, T* to) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    int64_t a, b;
+    __builtin_memcpy(&a, row + first, sizeof a);
+    __builtin_memcpy(&b, row + second, sizeof b);
+    *reinterpret_cast<TwoPairs*>(to) = TwoPairs{a, b};
+  } else {
+    __builtin_memcpy(to, row + first, 2 * sizeof(T));
+    __builtin_memcpy(to + 2, row + second, 2 * sizeof(T));
+  }
+}
+
+// Not for the compiler to vectorise: wider registers take longer to put together. Pixels of a chunk beyond `count`
+// exist.
 template <typename T>
 HISTODD_SCALAR void copy_planes(const T* image, int64_t plane, int64_t width, const int32_t* pixel, int64_t count,
                                 Pairs<T>& pairs) {
-  constexpr size_t size = 2 * sizeof(T);
   const T *r = image, *g = image + plane, *b = image + 2 * plane;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t at = pixel[k], below = at + width;
-    __builtin_memcpy(pairs.upper[0] + 2 * k, r + at, size);
-    __builtin_memcpy(pairs.lower[0] + 2 * k, r + below, size);
-    __builtin_memcpy(pairs.upper[1] + 2 * k, g + at, size);
-    __builtin_memcpy(pairs.lower[1] + 2 * k, g + below, size);
-    __builtin_memcpy(pairs.upper[2] + 2 * k, b + at, size);
-    __builtin_memcpy(pairs.lower[2] + 2 * k, b + below, size);
+  for (int64_t k = 0; k < count; k += 2) {
+    const int64_t at = pixel[k], next = pixel[k + 1];
+    copy_two(r, at, next, pairs.upper[0] + 2 * k);
+    copy_two(r + width, at, next, pairs.lower[0] + 2 * k);
+    copy_two(g, at, next, pairs.upper[1] + 2 * k);
+    copy_two(g + width, at, next, pairs.lower[1] + 2 * k);
+    copy_two(b, at, next, pairs.upper[2] + 2 * k);
+    copy_two(b + width, at, next, pairs.lower[2] + 2 * k);
   }
 }
 
