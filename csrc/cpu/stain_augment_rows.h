@@ -57,6 +57,14 @@ void load(const T* image, bool last, int64_t plane, int64_t first, int count, Ro
   }
 }
 
+// Where the result of a chunk goes first: straight to the image if that is float in planes, else to rows, to be stored.
+template <typename T>
+bool place(T* image, bool last, int64_t plane, int64_t first, Rows& rows, float* to[3]) {
+  const bool direct = std::is_same_v<T, float> && !last;
+  for (int c = 0; c < 3; ++c) to[c] = direct ? reinterpret_cast<float*>(image) + c * plane + first : rows.c[c];
+  return direct;
+}
+
 template <typename T>
 void store(const Rows& rows, T* image, bool last, int64_t plane, int64_t first, int count) {
   for (int c = 0; c < 3; ++c) {
@@ -183,29 +191,29 @@ void gather(const T* image, bool last, int64_t plane, int width, const Footprint
 typedef float Four __attribute__((vector_size(16)));
 
 void scatter(const Rows& d, const Footprint& f, int count, int width, float* scratch) {
-  alignas(64) float packed[4 * kChunk], weight[4 * kChunk];
+  alignas(64) float packed[4 * kTile], weight[4][kTile];
 #pragma omp simd
-  for (int k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < count; ++k) {
     packed[4 * k] = d.c[0][k];
     packed[4 * k + 1] = d.c[1][k];
     packed[4 * k + 2] = d.c[2][k];
     packed[4 * k + 3] = 0.0f;
   }
 #pragma omp simd
-  for (int k = 0; k < count; ++k) {
-    weight[4 * k] = f.ay[k] * f.ax[k];
-    weight[4 * k + 1] = f.ay[k] * f.bx[k];
-    weight[4 * k + 2] = f.by[k] * f.ax[k];
-    weight[4 * k + 3] = f.by[k] * f.bx[k];
+  for (int64_t k = 0; k < count; ++k) {
+    weight[0][k] = f.ay[k] * f.ax[k];
+    weight[1][k] = f.ay[k] * f.bx[k];
+    weight[2][k] = f.by[k] * f.ax[k];
+    weight[3][k] = f.by[k] * f.bx[k];
   }
-  for (int k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < count; ++k) {
     const Four g = *reinterpret_cast<const Four*>(packed + 4 * k);
-    Four* top = reinterpret_cast<Four*>(scratch) + f.pixel[k];
-    Four* bottom = top + width;
-    top[0] += weight[4 * k] * g;
-    top[1] += weight[4 * k + 1] * g;
-    bottom[0] += weight[4 * k + 2] * g;
-    bottom[1] += weight[4 * k + 3] * g;
+    Four* upper = reinterpret_cast<Four*>(scratch) + f.pixel[k];
+    Four* lower = upper + width;
+    upper[0] += weight[0][k] * g;
+    upper[1] += weight[1][k] * g;
+    lower[0] += weight[2][k] * g;
+    lower[1] += weight[3][k] * g;
   }
 }
 
@@ -225,18 +233,21 @@ void stain_forward(const Stain<float>& stain, const float* const x[3], float* co
   }
 }
 
-// d = gradient of x for the gradient g of the result; l and h as in Stain::vjp.
+// d = gradient of x for the gradient g of the result; l and h as in Stain::vjp, if asked for.
+template <bool kSums>
 void stain_backward(const Stain<float>& stain, const float* const x[3], const float* const g[3], const StainJob& job,
-                    int count, Rows& d, Rows& l, Rows& h) {
+                    int count, float* const d[3], Rows& l, Rows& h) {
   const Stain<float> s = stain;
   const float s0 = job.scale[0], s1 = job.scale[1], s2 = job.scale[2];
   const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *g0 = g[0], *g1 = g[1], *g2 = g[2];
+  float *d0 = d[0], *d1 = d[1], *d2 = d[2];
 #pragma omp simd
   for (int k = 0; k < count; ++k) {
     const Stain<float>::Vjp v = s.vjp({x0[k], x1[k], x2[k]}, {g0[k] * s0, g1[k] * s1, g2[k] * s2});
-    d.c[0][k] = v.d.r;
-    d.c[1][k] = v.d.g;
-    d.c[2][k] = v.d.b;
+    d0[k] = v.d.r;
+    d1[k] = v.d.g;
+    d2[k] = v.d.b;
+    if constexpr (!kSums) continue;
     l.c[0][k] = v.l.r;
     l.c[1][k] = v.l.g;
     l.c[2][k] = v.l.b;
@@ -359,10 +370,7 @@ struct Forward {
       load(image, job.image_last, plane, first, count, in_rows, x);
     }
     float* y[3];
-    const bool direct = sizeof(Out) == sizeof(float) && !job.out_last;
-    for (int c = 0; c < 3; ++c) {
-      y[c] = direct ? reinterpret_cast<float*>(out) + c * plane + first : out_rows.c[c];
-    }
+    const bool direct = place(out, job.out_last, plane, first, out_rows, y);
     if (stain) {
       stain_forward(*stain, x, y, job, count);
     } else {
@@ -392,6 +400,8 @@ struct Backward {
     const float *x[3], *g[3];
     if (warp) find_footprint(*warp, i, j, count, height, width, footprint);
     load(grad, job.out_last, plane, first, count, grad_rows, g);
+    float* to[3] = {d.c[0], d.c[1], d.c[2]};
+    const bool direct = grad_image && place(grad_image, job.image_last, plane, first, d, to);
     if (stain) {
       if (warp) {
         gather(image, job.image_last, plane, width, footprint, count, pairs, in_rows);
@@ -399,16 +409,19 @@ struct Backward {
       } else {
         load(image, job.image_last, plane, first, count, in_rows, x);
       }
-      stain_backward(*stain, x, g, job, count, d, l, h);
-      if (sums) add_stain_sums(l, h, count, sums);
+      if (sums) {
+        stain_backward<true>(*stain, x, g, job, count, to, l, h);
+        add_stain_sums(l, h, count, sums);
+      } else {
+        stain_backward<false>(*stain, x, g, job, count, to, l, h);
+      }
     } else {
       const float zero[3] = {0, 0, 0};
-      float* const to[3] = {d.c[0], d.c[1], d.c[2]};
       scale_shift(g, to, job.scale, zero, count);
     }
     if (scratch) {
       scatter(d, footprint, count, width, scratch);
-    } else if (grad_image) {
+    } else if (grad_image && !direct) {
       store(d, grad_image, job.image_last, plane, first, count);
     }
   }
@@ -446,18 +459,21 @@ void backward(const StainJob& job, int64_t n, int64_t begin, int64_t end, float*
 template <typename T>
 void unpack(const StainJob& job, int64_t n, float* scratch) {
   const int64_t plane = job.h * job.w;
+  T* image = image_at<T>(job.grad_image, job, n);
   Rows rows;
   for (int64_t first = 0; first < plane; first += kChunk) {
-    const int count = static_cast<int>(plane - first < kChunk ? plane - first : kChunk);
-    float* from = scratch + 4 * first;
+    const int64_t count = plane - first < kChunk ? plane - first : kChunk;
+    float *from = scratch + 4 * first, *to[3];
+    const bool direct = place(image, job.image_last, plane, first, rows, to);
+    float *r = to[0], *g = to[1], *b = to[2];
 #pragma omp simd
-    for (int k = 0; k < count; ++k) {
-      rows.c[0][k] = from[4 * k];
-      rows.c[1][k] = from[4 * k + 1];
-      rows.c[2][k] = from[4 * k + 2];
+    for (int64_t k = 0; k < count; ++k) {
+      r[k] = from[4 * k];
+      g[k] = from[4 * k + 1];
+      b[k] = from[4 * k + 2];
     }
     __builtin_memset(from, 0, 4 * sizeof(float) * count);
-    store(rows, image_at<T>(job.grad_image, job, n), job.image_last, plane, first, count);
+    if (!direct) store(rows, image, job.image_last, plane, first, static_cast<int>(count));
   }
 }
 
