@@ -73,12 +73,14 @@ inline void check_stain_augment(const at::Tensor& image, const std::optional<at:
   check("valid", valid, {n});
 }
 
-inline void check_stain_augment_grad(const at::Tensor& grad, const at::Tensor& image) {
-  TORCH_CHECK_VALUE(grad.sizes() == image.sizes() && is_real_floating(grad.scalar_type()),
-                    "grad must be floating point and like image, ", image.sizes(), ", got ", grad.scalar_type(), " ",
-                    grad.sizes());
+inline void check_stain_augment_backward(const at::Tensor& grad, const at::Tensor& image,
+                                         const std::optional<at::Tensor>& stain, bool need_image, bool need_stain) {
+  TORCH_CHECK_VALUE(grad.sizes() == image.sizes(), "grad must be like image, ", image.sizes(), ", got ", grad.sizes());
   TORCH_CHECK_VALUE(grad.device() == image.device() && grad.layout() == at::kStrided, "grad lies on ", grad.device(),
                     ", image on ", image.device());
+  TORCH_CHECK_VALUE(!need_image || is_real_floating(image.scalar_type()), "an image of ", image.scalar_type(),
+                    " has no gradient");
+  TORCH_CHECK_VALUE(!need_stain || stain, "there is no stain to differentiate");
 }
 
 }  // namespace histodd

@@ -300,11 +300,9 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
                                                           const Optional& valid, double io, bool need_image,
                                                           bool need_stain) {
   check_stain_augment(image_in, stain, warp, mean, std, valid, io, grad_in.scalar_type());
-  check_stain_augment_grad(grad_in, image_in);
+  check_stain_augment_backward(grad_in, image_in, stain, need_image, need_stain);
   const at::Tensor image = either_format(image_in), grad = either_format(grad_in);
   const int64_t n = image.size(0), h = image.size(2), plane = h * image.size(3);
-  TORCH_CHECK_VALUE(!need_image || image.is_floating_point(), "a uint8 image has no gradient");
-  TORCH_CHECK_VALUE(!need_stain || stain, "there is no stain to differentiate");
   at::Tensor grad_image;
   if (need_image) {
     grad_image =
