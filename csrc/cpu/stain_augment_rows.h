@@ -15,6 +15,8 @@ namespace HISTODD_ISA {
 #endif
 
 constexpr int kChunk = 256;
+constexpr int kWorthATable = 1024;  // pixels
+
 constexpr int kTile = 64, kTileRows = 32;  // of the output, with a warp
 constexpr int kBlock = 32;                 // pixels whose sampling positions are relative to one origin
 
@@ -94,6 +96,62 @@ void stain_forward(const Stain<float>& stain, const float* const x[3], float* co
     y0[k] = v.r * s0 + t0;
     y1[k] = v.g * s1 + t1;
     y2[k] = v.b * s2 + t2;
+  }
+}
+
+// For bytes, the stained intensity 2^(A l + c) is a product over the channels of the input, of factors that only 256
+// values each can have. An entry holds the factors of the three channels of the output.
+struct ByteTable {
+  alignas(64) float factor[3][256][4];
+
+  // False where the factors would leave the range of float (a stain far from any real one).
+  bool fill(const Stain<float>& s) {
+    alignas(64) float l[256], e[4][256];
+    float most = 0;
+#pragma omp simd
+    for (int v = 0; v < 256; ++v) l[v] = log2_of(s.p * (static_cast<float>(v) / 255.0f) + s.q);
+    const float reach = abs_of(l[0]) > abs_of(l[255]) ? abs_of(l[0]) : abs_of(l[255]);
+    for (int i = 0; i < 3; ++i) {
+      const float sum = (abs_of(s.a[3 * i]) + abs_of(s.a[3 * i + 1]) + abs_of(s.a[3 * i + 2])) * reach + abs_of(s.c[i]);
+      most = sum <= most ? most : sum;  // NaN stays
+    }
+    if (!(most < 120.0f)) return false;
+    Exponents<float> wide;
+    wide.high = 126.0f;
+    for (int j = 0; j < 3; ++j) {
+      for (int i = 0; i < 3; ++i) {
+        const float a = s.a[3 * i + j], c = j ? 0.0f : s.c[i];
+#pragma omp simd
+        for (int v = 0; v < 256; ++v) e[i][v] = exp2_of(a * l[v] + c, wide);
+      }
+      for (int v = 0; v < 256; ++v) {
+        for (int i = 0; i < 3; ++i) factor[j][v][i] = e[i][v];
+        factor[j][v][3] = 0;
+      }
+    }
+    return true;
+  }
+};
+
+void stain_bytes(const ByteTable& table, const uint8_t* image, bool last, int64_t plane, int64_t first, int count,
+                 float* const y[3], const StainJob& job) {
+  alignas(64) float packed[4 * kChunk];
+  const int64_t step = last ? 3 : 1, channel = last ? 1 : plane;
+  const uint8_t *r = image + first * step, *g = r + channel, *b = g + channel;
+  const Four* factor[3];
+  for (int j = 0; j < 3; ++j) factor[j] = reinterpret_cast<const Four*>(table.factor[j]);
+  for (int64_t k = 0; k < count; ++k) {
+    reinterpret_cast<Four*>(packed)[k] = factor[0][r[step * k]] * factor[1][g[step * k]] * factor[2][b[step * k]];
+  }
+  const float s0 = job.scale[0], s1 = job.scale[1], s2 = job.scale[2];
+  const float t0 = job.shift[0], t1 = job.shift[1], t2 = job.shift[2];
+  float *y0 = y[0], *y1 = y[1], *y2 = y[2];
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) {
+    const float v0 = packed[4 * k], v1 = packed[4 * k + 1], v2 = packed[4 * k + 2];
+    y0[k] = (v0 < 1.0f ? v0 : 1.0f) * s0 + t0;
+    y1[k] = (v1 < 1.0f ? v1 : 1.0f) * s1 + t1;
+    y2[k] = (v2 < 1.0f ? v2 : 1.0f) * s2 + t2;
   }
 }
 
@@ -184,13 +242,23 @@ struct Forward {
   Out* out;
   const Stain<float>* stain;  // null: skipped
   const Warp* warp;
+  const ByteTable* table;  // null: not used
   Rows in_rows, out_rows;
   Footprint footprint;
   Pairs<In> pairs;
 
-  void operator()(int64_t first, int64_t count64, int64_t i, int64_t j) {
+  void operator()(int64_t first, int64_t size, int64_t i, int64_t j) {
     const int64_t plane = job.h * job.w;
-    const int count = static_cast<int>(count64);
+    const int count = static_cast<int>(size);
+    float* y[3];
+    const bool direct = place(out, job.out_last, plane, first, out_rows, y);
+    if constexpr (sizeof(In) == 1) {
+      if (table) {
+        stain_bytes(*table, image, job.image_last, plane, first, count, y, job);
+        if (!direct) store(out_rows, out, job.out_last, plane, first, count);
+        return;
+      }
+    }
     const float* x[3];
     if (warp) {
       const int height = static_cast<int>(job.h), width = static_cast<int>(job.w);
@@ -200,8 +268,6 @@ struct Forward {
     } else {
       load(image, job.image_last, plane, first, count, in_rows, x);
     }
-    float* y[3];
-    const bool direct = place(out, job.out_last, plane, first, out_rows, y);
     if (stain) {
       stain_forward(*stain, x, y, job, count);
     } else {
@@ -225,9 +291,9 @@ struct Backward {
   Footprint footprint;
   Pairs<In> pairs;
 
-  void operator()(int64_t first, int64_t count64, int64_t i, int64_t j) {
+  void operator()(int64_t first, int64_t size, int64_t i, int64_t j) {
     const int64_t plane = job.h * job.w;
-    const int height = static_cast<int>(job.h), width = static_cast<int>(job.w), count = static_cast<int>(count64);
+    const int height = static_cast<int>(job.h), width = static_cast<int>(job.w), count = static_cast<int>(size);
     const float *x[3], *g[3];
     if (warp) find_footprint(*warp, i, j, count, height, width, footprint);
     load(grad, job.out_last, plane, first, count, grad_rows, g);
@@ -269,8 +335,14 @@ const Stain<float>* stain_of(const StainJob& job, int64_t n) {
 
 template <typename In, typename Out>
 void forward(const StainJob& job, int64_t n, int64_t begin, int64_t end) {
-  Forward<In, Out> f{job, image_at<const In>(job.image, job, n), image_at<Out>(job.out, job, n), stain_of(job, n),
-                     job.warp ? job.warp + n : nullptr};
+  const Stain<float>* stain = stain_of(job, n);
+  const ByteTable* use = nullptr;
+  ByteTable table;
+  if (sizeof(In) == 1 && stain && !job.warp && (end - begin) * job.w >= kWorthATable) {
+    if (table.fill(*stain)) use = &table;
+  }
+  Forward<In, Out> f{job,   image_at<const In>(job.image, job, n), image_at<Out>(job.out, job, n),
+                     stain, job.warp ? job.warp + n : nullptr,     use};
   for_chunks(job, begin, end, f);
 }
 
