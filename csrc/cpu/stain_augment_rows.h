@@ -106,7 +106,7 @@ struct ByteTable {
 
   // False where the factors would leave the range of float (a stain far from any real one).
   bool fill(const Stain<float>& s) {
-    alignas(64) float l[256], e[4][256];
+    alignas(64) float l[256];
     float most = 0;
 #pragma omp simd
     for (int v = 0; v < 256; ++v) l[v] = log2_of(s.p * (static_cast<float>(v) / 255.0f) + s.q);
@@ -119,29 +119,39 @@ struct ByteTable {
     Exponents<float> wide;
     wide.high = 126.0f;
     for (int j = 0; j < 3; ++j) {
-      for (int i = 0; i < 3; ++i) {
-        const float a = s.a[3 * i + j], c = j ? 0.0f : s.c[i];
+      const float a0 = s.a[j], a1 = s.a[3 + j], a2 = s.a[6 + j];
+      const float c0 = j ? 0.0f : s.c[0], c1 = j ? 0.0f : s.c[1], c2 = j ? 0.0f : s.c[2];
+      float* to = factor[j][0];
 #pragma omp simd
-        for (int v = 0; v < 256; ++v) e[i][v] = exp2_of(a * l[v] + c, wide);
-      }
-      for (int v = 0; v < 256; ++v) {
-        for (int i = 0; i < 3; ++i) factor[j][v][i] = e[i][v];
-        factor[j][v][3] = 0;
+      for (int64_t v = 0; v < 256; ++v) {
+        to[4 * v] = exp2_of(a0 * l[v] + c0, wide);
+        to[4 * v + 1] = exp2_of(a1 * l[v] + c1, wide);
+        to[4 * v + 2] = exp2_of(a2 * l[v] + c2, wide);
+        to[4 * v + 3] = 0.0f;
       }
     }
     return true;
   }
 };
 
+template <int64_t kStep>
+void multiply_factors(const ByteTable& table, const uint8_t* r, const uint8_t* g, const uint8_t* b, int count,
+                      Four* to) {
+  const Four* f0 = reinterpret_cast<const Four*>(table.factor[0]);
+  const Four* f1 = reinterpret_cast<const Four*>(table.factor[1]);
+  const Four* f2 = reinterpret_cast<const Four*>(table.factor[2]);
+  for (int64_t k = 0; k < count; ++k) to[k] = f0[r[kStep * k]] * f1[g[kStep * k]] * f2[b[kStep * k]];
+}
+
 void stain_bytes(const ByteTable& table, const uint8_t* image, bool last, int64_t plane, int64_t first, int count,
                  float* const y[3], const StainJob& job) {
   alignas(64) float packed[4 * kChunk];
-  const int64_t step = last ? 3 : 1, channel = last ? 1 : plane;
-  const uint8_t *r = image + first * step, *g = r + channel, *b = g + channel;
-  const Four* factor[3];
-  for (int j = 0; j < 3; ++j) factor[j] = reinterpret_cast<const Four*>(table.factor[j]);
-  for (int64_t k = 0; k < count; ++k) {
-    reinterpret_cast<Four*>(packed)[k] = factor[0][r[step * k]] * factor[1][g[step * k]] * factor[2][b[step * k]];
+  if (last) {
+    const uint8_t* at = image + 3 * first;
+    multiply_factors<3>(table, at, at + 1, at + 2, count, reinterpret_cast<Four*>(packed));
+  } else {
+    const uint8_t* at = image + first;
+    multiply_factors<1>(table, at, at + plane, at + 2 * plane, count, reinterpret_cast<Four*>(packed));
   }
   const float s0 = job.scale[0], s1 = job.scale[1], s2 = job.scale[2];
   const float t0 = job.shift[0], t1 = job.shift[1], t2 = job.shift[2];

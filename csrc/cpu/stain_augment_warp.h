@@ -108,12 +108,14 @@ void gather(const T* image, bool last, int64_t plane, int width, const Footprint
   }
 }
 
-// The gradient d of the sampled pixels, added to the four neighbours in the scratch: [h,w,4], so that a neighbour's
-// three channels are one vector.
+// The gradient d of the sampled pixels, added to the four neighbours in the scratch: [h,w,4], so that two neighbours in
+// a row are one vector. Every fourth pixel at a time: pixels side by side share neighbours, and what was only just
+// stored is slow to load again.
 typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32), aligned(16)));
 
 void scatter(const Rows& d, const Footprint& f, int count, int width, float* scratch) {
-  alignas(64) float packed[4 * kTile], weight[4][kTile];
+  alignas(64) float packed[4 * kTile];
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     packed[4 * k] = d.c[0][k];
@@ -121,21 +123,15 @@ void scatter(const Rows& d, const Footprint& f, int count, int width, float* scr
     packed[4 * k + 2] = d.c[2][k];
     packed[4 * k + 3] = 0.0f;
   }
-#pragma omp simd
-  for (int64_t k = 0; k < count; ++k) {
-    weight[0][k] = f.ay[k] * f.ax[k];
-    weight[1][k] = f.ay[k] * f.bx[k];
-    weight[2][k] = f.by[k] * f.ax[k];
-    weight[3][k] = f.by[k] * f.bx[k];
-  }
-  for (int64_t k = 0; k < count; ++k) {
-    const Four g = *reinterpret_cast<const Four*>(packed + 4 * k);
-    Four* upper = reinterpret_cast<Four*>(scratch) + f.pixel[k];
-    Four* lower = upper + width;
-    upper[0] += weight[0][k] * g;
-    upper[1] += weight[1][k] * g;
-    lower[0] += weight[2][k] * g;
-    lower[1] += weight[3][k] * g;
+  for (int64_t start = 0; start < 4; ++start) {
+    for (int64_t k = start; k < count; k += 4) {
+      const float *g = packed + 4 * k, a = f.ax[k], b = f.bx[k];
+      const Eight both = Eight{g[0], g[1], g[2], g[3], g[0], g[1], g[2], g[3]} * Eight{a, a, a, a, b, b, b, b};
+      Eight* upper = reinterpret_cast<Eight*>(scratch + 4 * static_cast<int64_t>(f.pixel[k]));
+      Eight* lower = reinterpret_cast<Eight*>(scratch + 4 * (static_cast<int64_t>(f.pixel[k]) + width));
+      *upper += f.ay[k] * both;
+      *lower += f.by[k] * both;
+    }
   }
 }
 
