@@ -9,18 +9,20 @@ struct Footprint {
 
 void find_footprint(const Warp& warp, int64_t row, int64_t first, int count, int height, int width, Footprint& f) {
   const float dx = static_cast<float>(warp.xj), dy = static_cast<float>(warp.yj);
-  for (int block = 0; block < count; block += kBlock) {
+  const float steepest = abs_of(dx) > abs_of(dy) ? abs_of(dx) : abs_of(dy);
+  const int step = steepest < 2 ? kBlock : steepest < 8 ? kBlock / 4 : 1;  // positions stay small, and so exact
+  for (int block = 0; block < count; block += step) {
     const double i = static_cast<double>(row), j = static_cast<double>(first + block);
     const Split<float> x = Split<float>::of(warp.x0 + warp.xi * i + warp.xj * j);
     const Split<float> y = Split<float>::of(warp.y0 + warp.yi * i + warp.yj * j);
-    const int size = count - block < kBlock ? count - block : kBlock;
+    const int size = count - block < step ? count - block : step;
     int32_t* pixel = f.pixel + block;
     float *ax = f.ax + block, *bx = f.bx + block, *ay = f.ay + block, *by = f.by + block;
 #pragma omp simd
     for (int k = 0; k < size; ++k) {
-      const float step = static_cast<float>(k);
-      const Neighbours<float> across = Neighbours<float>::at(x.rest + dx * step, x.origin, width);
-      const Neighbours<float> down = Neighbours<float>::at(y.rest + dy * step, y.origin, height);
+      const float ahead = static_cast<float>(k);
+      const Neighbours<float> across = Neighbours<float>::at(x.rest + dx * ahead, x.origin, width);
+      const Neighbours<float> down = Neighbours<float>::at(y.rest + dy * ahead, y.origin, height);
       pixel[k] = down.first * width + across.first;
       ax[k] = across.a;
       bx[k] = across.b;

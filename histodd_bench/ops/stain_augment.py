@@ -46,23 +46,26 @@ def stain_augment_reference(
     _refuse_other_gradients(warp=warp, mean=mean, std=std)
     out_dtype = _result_dtype(image, dtype)
     compute = torch.float64 if image.dtype == torch.float64 or out_dtype == torch.float64 else torch.float32
-    x = image.to(compute)
-    if image.is_floating_point():
-        x = x * 255.0
-    if warp is not None and len(image):
-        grid = F.affine_grid(warp.to(compute), list(x.shape), align_corners=False)
-        x = WHITE - F.grid_sample(WHITE - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if stain is not None:
-        od = -torch.log((x + 1.0) / io)
-        stain = stain.to(compute)
-        with torch.autocast(image.device.type, enabled=False):
+    kind = image.device.type
+    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        x = image.to(compute)
+        if image.is_floating_point():
+            x = x * 255.0
+        if warp is not None and image.numel():
+            grid = F.affine_grid(warp.to(compute), list(x.shape), align_corners=False)
+            x = WHITE - F.grid_sample(WHITE - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        if stain is not None:
+            od = -torch.log((x + 1.0) / io)
+            stain = stain.to(compute)
             od = torch.einsum("nij,njhw->nihw", stain[:, :, :3], od) + stain[:, :, 3, None, None]
-        moved = (io * torch.exp(-od)).clamp(0.0, 255.0)
-        x = moved if valid is None else torch.where(valid[:, None, None, None], moved, x)
-    x = x / 255.0
-    if mean is not None and std is not None:
-        x = (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
-    return x.to(out_dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            moved = (io * torch.exp(-od)).clamp(0.0, 255.0)
+            x = moved if valid is None else torch.where(valid[:, None, None, None], moved, x)
+        x = x / 255.0
+        if mean is not None and std is not None:
+            x = (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
+        return x.to(out_dtype).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
 
 
 def stain_augment(
