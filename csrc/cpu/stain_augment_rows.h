@@ -116,17 +116,24 @@ struct ByteTable {
       most = sum <= most ? most : sum;  // NaN stays
     }
     if (!(most < 120.0f)) return false;
-    Exponents<float> wide;
-    wide.high = 126.0f;
+    Exponents<float> wide = s.range;
+    wide.high = -wide.low;
     for (int j = 0; j < 3; ++j) {
       const float a0 = s.a[j], a1 = s.a[3 + j], a2 = s.a[6 + j];
       const float c0 = j ? 0.0f : s.c[0], c1 = j ? 0.0f : s.c[1], c2 = j ? 0.0f : s.c[2];
+      alignas(64) float e0[256], e1[256], e2[256];
+#pragma omp simd
+      for (int64_t v = 0; v < 256; ++v) {
+        e0[v] = exp2_of(a0 * l[v] + c0, wide);
+        e1[v] = exp2_of(a1 * l[v] + c1, wide);
+        e2[v] = exp2_of(a2 * l[v] + c2, wide);
+      }
       float* to = factor[j][0];
 #pragma omp simd
       for (int64_t v = 0; v < 256; ++v) {
-        to[4 * v] = exp2_of(a0 * l[v] + c0, wide);
-        to[4 * v + 1] = exp2_of(a1 * l[v] + c1, wide);
-        to[4 * v + 2] = exp2_of(a2 * l[v] + c2, wide);
+        to[4 * v] = e0[v];
+        to[4 * v + 1] = e1[v];
+        to[4 * v + 2] = e2[v];
         to[4 * v + 3] = 0.0f;
       }
     }
