@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -406,6 +409,16 @@ def test_nan_stays_in_its_pixel_and_nothing_crashes(compiled):
             result = stain_augment_op(image, stains(1), warp[None])
             assert torch.autograd.grad(result.sum(), wild)[0].shape == wild.shape
     assert stain_augment_op(x, warp=torch.full((2, 2, 3), torch.nan)).eq(1).all()  # nowhere: white
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_instruction_sets(compiled, capability):
+    """The comparisons with the float64 reference again, with the kernels for older machines."""
+    names = "test_float32_is_close or test_all_grey_levels or test_nan_stays or test_opcheck"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("warped", [False, True])
