@@ -143,7 +143,7 @@ def extension_arguments() -> dict:
     sources = [os.path.normpath(s) for s in sources]
     version = re.search(r'__version__ = "(.+)"', (ROOT / "histodd_bench/__init__.py").read_text())[1]
     macros = [("HISTODD_VERSION", f'"{version}"')]
-    flags = {"cxx": ["-O3", "-g0"]}
+    flags = {"cxx": ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]}
     if sys.platform.startswith("linux"):
         # Compile for OpenMP but do not link it: torch brings its own runtime, and a second one would not share its
         # thread settings.

@@ -7,6 +7,9 @@
 #include <c10/util/Exception.h>
 #include <c10/util/string_view.h>
 
+#include <optional>
+#include <string_view>
+
 #include "gradient_distance.h"
 #include "macenko_fit.h"
 
@@ -73,6 +76,46 @@ inline void check_gradient_lists(at::TensorList real, at::TensorList synthetic) 
                       ": all gradients lie on one device, got ", r.device(), " and ", s.device(), " after layer 0 on ",
                       real[0].device());
   }
+}
+
+// stain_augment: shapes, dtypes and devices of everything that goes into it. `out` is the dtype of the result.
+inline void check_stain_augment(const at::Tensor& image, const std::optional<at::Tensor>& stain,
+                                const std::optional<at::Tensor>& warp, const std::optional<at::Tensor>& mean,
+                                const std::optional<at::Tensor>& std, const std::optional<at::Tensor>& valid, double io,
+                                at::ScalarType out) {
+  TORCH_CHECK_VALUE(image.dim() == 4 && image.size(1) == 3, "image must be [N,3,H,W], got ", image.sizes());
+  TORCH_CHECK_VALUE(image.layout() == at::kStrided, "image must be dense, got ", image.layout());
+  TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
+                    "image must be uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
+  TORCH_CHECK_VALUE(is_real_floating(out), "dtype must be float64, float32, float16 or bfloat16, got ", out);
+  TORCH_CHECK_VALUE(image.size(2) < (1 << 23) && image.size(3) < (1 << 23), "image is too large: ", image.sizes());
+  TORCH_CHECK_VALUE(io > 0, "io must be positive, got ", io);
+  TORCH_CHECK_VALUE(mean.has_value() == std.has_value(), "mean and std go together");
+  const auto check = [&](const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef shape) {
+    if (!t) return;
+    TORCH_CHECK_VALUE(t->sizes() == shape, name, " must be ", shape, ", got ", t->sizes());
+    TORCH_CHECK_VALUE(t->device() == image.device(), name, " lies on ", t->device(), ", image on ", image.device());
+    TORCH_CHECK_VALUE(t->layout() == at::kStrided, name, " must be dense, got ", t->layout());
+    TORCH_CHECK_VALUE(
+        std::string_view(name) == "valid" ? t->scalar_type() == at::kBool : is_real_floating(t->scalar_type()), name,
+        " has the wrong dtype, ", t->scalar_type());
+  };
+  const int64_t n = image.size(0);
+  check("stain", stain, {n, 3, 4});
+  check("warp", warp, {n, 2, 3});
+  check("mean", mean, {3});
+  check("std", std, {3});
+  check("valid", valid, {n});
+}
+
+inline void check_stain_augment_backward(const at::Tensor& grad, const at::Tensor& image,
+                                         const std::optional<at::Tensor>& stain, bool need_image, bool need_stain) {
+  TORCH_CHECK_VALUE(grad.sizes() == image.sizes(), "grad must be like image, ", image.sizes(), ", got ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == image.device() && grad.layout() == at::kStrided, "grad lies on ", grad.device(),
+                    ", image on ", image.device());
+  TORCH_CHECK_VALUE(!need_image || is_real_floating(image.scalar_type()), "an image of ", image.scalar_type(),
+                    " has no gradient");
+  TORCH_CHECK_VALUE(!need_stain || stain, "there is no stain to differentiate");
 }
 
 }  // namespace histodd

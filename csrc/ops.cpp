@@ -26,6 +26,15 @@ TORCH_LIBRARY(histodd, m) {
       "gradient_distance_backward(Tensor grad, Tensor[] real, Tensor[] synthetic, str kind, bool per_layer, "
       "bool need_real, bool need_synthetic) -> (Tensor[], Tensor[])",
       {at::Tag::pt2_compliant_tag});
+
+  m.def(
+      "stain_augment(Tensor image, Tensor? stain, Tensor? warp, Tensor? mean, Tensor? std, Tensor? valid, float io, "
+      "ScalarType dtype, bool channels_last) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "stain_augment_backward(Tensor grad, Tensor image, Tensor? stain, Tensor? warp, Tensor? mean, Tensor? std, "
+      "Tensor? valid, float io, bool need_image, bool need_stain) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 // First-order derivatives come from Python (torch.library.register_autograd). The *_backward ops have none of their
@@ -33,6 +42,7 @@ TORCH_LIBRARY(histodd, m) {
 TORCH_LIBRARY_IMPL(histodd, Autograd, m) {
   m.impl("macenko_fit", torch::autograd::autogradNotImplementedFallback());  // the fit is detached
   m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("stain_augment_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 PYBIND11_MODULE(_C, m) {

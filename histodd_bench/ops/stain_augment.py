@@ -4,12 +4,26 @@ Everything Macenko normalisation does to a pixel is one affine map of its optica
 whole augmentation is a bilinear gather, that map, and a channel mean and standard deviation.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from histodd_bench.ops._extension import build_info, use_compiled
+
 IO = 240.0  # transmitted light, the Macenko convention
 WHITE = 255.0  # what lies outside the patch: glass
+
+
+def _result_dtype(image: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or (image.dtype if image.is_floating_point() else torch.float32)
+
+
+def _refuse_other_gradients(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"stain_augment is differentiable in image and stain, not in {name}: detach it")
 
 
 def stain_augment_reference(
@@ -24,44 +38,133 @@ def stain_augment_reference(
     dtype: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> Tensor:
-    """Warp patches, move their stains and normalise their channels, in plain torch.
+    """The same as :func:`stain_augment`, in plain torch: its oracle, and what runs where it is not compiled."""
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together")
+    _refuse_other_gradients(warp=warp, mean=mean, std=std)
+    out_dtype = _result_dtype(image, dtype)
+    compute = torch.float64 if image.dtype == torch.float64 or out_dtype == torch.float64 else torch.float32
+    kind = image.device.type
+    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        x = image.to(compute)
+        if image.is_floating_point():
+            x = x * 255.0
+        if warp is not None and image.numel():
+            grid = F.affine_grid(warp.to(compute), list(x.shape), align_corners=False)
+            x = WHITE - F.grid_sample(WHITE - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        if stain is not None:
+            od = -torch.log((x + 1.0) / io)
+            stain = stain.to(compute)
+            od = torch.einsum("nij,njhw->nihw", stain[:, :, :3], od) + stain[:, :, 3, None, None]
+            moved = (io * torch.exp(-od)).clamp(0.0, 255.0)
+            x = moved if valid is None else torch.where(valid[:, None, None, None], moved, x)
+        x = x / 255.0
+        if mean is not None and std is not None:
+            x = (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
+        return x.to(out_dtype).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+
+
+def stain_augment(
+    image: Tensor,
+    stain: Tensor | None = None,
+    warp: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    io: float = IO,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Warp patches, move their stains and normalise their channels, in one pass over the pixels.
 
     Args:
-        image: ``[N,3,H,W]`` uint8 in 0..255 or floating point in [0, 1].
+        image: ``[N,3,H,W]`` uint8 in 0..255 or float64, float32, float16 or bfloat16 in [0, 1]; contiguous or
+            channels_last (other strides are copied first). NaN stays NaN, in its pixel; outside [0, 1] the result means nothing.
         stain: ``[N,3,4]`` floating point, ``[A|b]`` in optical density, or None to leave the stains alone.
         warp: ``[N,2,3]`` output-to-input map in normalised coordinates (``affine_grid``, align_corners=False), or None.
         mean, std: ``[3]`` channel statistics on the [0, 1] scale, both or neither.
         valid: ``[N]`` bool; where false the stain step is skipped exactly.
         io: transmitted light intensity in grey levels.
-        dtype: of the result; float images keep theirs by default, uint8 gives float32.
+        dtype: of the result; float images keep theirs by default, uint8 gives float32. Computed in float64 if the
+            image or the result is float64, in float32 otherwise, under autocast too.
         channels_last: memory format of the result.
 
     Returns:
         ``[N,3,H,W]``: bilinear intensities (outside = white) -> optical density -> ``A od + b`` ->
-        ``clamp(io exp(-od'), 0, 255) / 255`` -> ``(x - mean) / std``. Differentiable in ``image`` and ``stain``.
+        ``clamp(io exp(-od'), 0, 255) / 255`` -> ``(x - mean) / std``. Differentiable once in ``image`` and ``stain``:
+        differentiating the derivative raises. Nothing but the inputs is kept for the backward pass. On CUDA the
+        gradient of a warped image is added up with atomics, or in a fixed order under
+        ``torch.use_deterministic_algorithms``; everything else is always deterministic.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; ``mean`` without ``std``; a ``warp``, ``mean`` or ``std`` that
+            requires a gradient.
     """
-    if image.ndim != 4 or image.shape[1] != 3:
-        raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together")
-    out_dtype = dtype or (image.dtype if image.is_floating_point() else torch.float32)
-    compute = torch.float64 if image.dtype == torch.float64 or out_dtype == torch.float64 else torch.float32
-    x = image.to(compute)
-    if image.is_floating_point():
-        x = x * 255.0
-    if warp is not None and len(image):
-        grid = F.affine_grid(warp.to(compute), list(x.shape), align_corners=False)
-        x = WHITE - F.grid_sample(WHITE - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if stain is not None:
-        od = -torch.log((x + 1.0) / io)
-        stain = stain.to(compute)
-        od = torch.einsum("nij,njhw->nihw", stain[:, :, :3], od) + stain[:, :, 3, None, None]
-        moved = (io * torch.exp(-od)).clamp(0.0, 255.0)
-        x = moved if valid is None else torch.where(valid[:, None, None, None], moved, x)
-    x = x / 255.0
+    if not use_compiled(image.device):
+        return stain_augment_reference(
+            image, stain, warp, mean, std, valid=valid, io=io, dtype=dtype, channels_last=channels_last
+        )
+    _refuse_other_gradients(warp=warp, mean=mean, std=std)
     if mean is not None and std is not None:
-        x = (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
-    return x.to(out_dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        mean, std = mean.to(image.device), std.to(image.device)
+    return torch.ops.histodd.stain_augment(
+        image, stain, warp, mean, std, valid, io, _result_dtype(image, dtype), channels_last
+    )
 
 
-stain_augment = stain_augment_reference
+def _fake(
+    image: Tensor,
+    stain: Tensor | None,
+    warp: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    valid: Tensor | None,
+    io: float,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(image.shape, dtype=dtype, device=image.device, memory_format=layout)
+
+
+def _fake_backward(
+    grad: Tensor,
+    image: Tensor,
+    stain: Tensor | None,
+    warp: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    valid: Tensor | None,
+    io: float,
+    need_image: bool,
+    need_stain: bool,
+) -> tuple[Tensor, Tensor]:
+    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    grad_image = torch.empty_like(image, memory_format=layout) if need_image else image.new_empty(0)
+    grad_stain = stain.new_empty(stain.shape) if need_stain and stain is not None else image.new_empty(0)
+    return grad_image, grad_stain
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, stain, warp, mean, std, valid, ctx.io = inputs[:7]
+    ctx.save_for_backward(image, stain, warp, mean, std, valid)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_image, need_stain = ctx.needs_input_grad[:2]
+    grad_image, grad_stain = torch.ops.histodd.stain_augment_backward(
+        grad, *ctx.saved_tensors, ctx.io, need_image, need_stain
+    )
+    return (grad_image if need_image else None, grad_stain if need_stain else None, *[None] * 7)
+
+
+if build_info():
+    torch.library.register_fake("histodd::stain_augment", _fake)
+    torch.library.register_fake("histodd::stain_augment_backward", _fake_backward)
+    torch.library.register_autograd("histodd::stain_augment", _backward, setup_context=_setup_context)
