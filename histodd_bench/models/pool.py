@@ -223,7 +223,9 @@ class ModelPool:
                 if not trainer.done:
                     save_state(checkpoint, {"trainer": trainer.state_dict(), "forgetting": vars(counts)})
                 task.advance(trainer.step - step, loss=loss)
-        write_text(path.with_name("recipe.json"), json.dumps(dataclasses.asdict(self.recipe), indent=1))
+        recipe = path.with_name("recipe.json")  # one for all networks of the pool, which other processes train meanwhile
+        with _alone(recipe, self.progress):
+            write_text(recipe, json.dumps(dataclasses.asdict(self.recipe), indent=1))
         state = {
             "model": trainer.model.state_dict(),
             "forgetting": vars(counts),
@@ -270,7 +272,7 @@ class ForgettingCounts:
 
 @contextmanager
 def _alone(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold a network's lock, for caches shared by several runs. The system releases it when the process dies."""
+    """Hold the lock of a file in the pool, for caches shared by several runs. The system releases it when the process dies."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "a")
@@ -278,7 +280,7 @@ def _alone(path: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress.log(f"waiting for another run that trains {path}")
+            progress.log(f"waiting for another run that makes {path}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # file systems without locks: renames still keep every file whole
