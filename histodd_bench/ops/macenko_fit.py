@@ -2,9 +2,9 @@
 
 Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.
 
-The fit is detached from autograd on purpose. Its exact derivative puts nearly all of its mass on the one to four pixels
-that happen to lie at the percentiles (its largest entry is thousands of times its median), and smooth stand-ins for it
-disagree with finite differences even in sign. The per-pixel map that uses a fit, ``stain_augment``, has exact gradients.
+The fit is detached from autograd on purpose: its exact derivative lies on the one to four pixels that happen to be at
+the percentiles, and smooth stand-ins for it are derivatives of some other function. The per-pixel map that uses a fit,
+``stain_augment``, has exact gradients.
 """
 
 import torch
