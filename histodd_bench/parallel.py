@@ -17,18 +17,23 @@ Piece = int | tuple[Cell, ...]  # a network of the pool to train, or cells that 
 _PR_SET_PDEATHSIG = 1
 
 
-def pieces(cells: Sequence[Cell], networks: int) -> list[Piece]:
+def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], object] | None = None) -> list[Piece]:
     """Work in the order it is handed out: networks of the pool, then cells with the longest first.
 
     Cells of one distilled set stay together; so do all coresets of one seed, since they share a trained network.
+
+    Args:
+        cells: what is to be computed.
+        networks: size of the pool.
+        set_key: the same value for cells that share a distilled set; by default method, images per class and seed.
     """
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         entry = method_entry(cell.method)
         if entry.whole:
-            key: tuple[object, ...] = ("whole", cell.eval_seed)
+            key: tuple[object, ...] = ("whole", cell.eval_seed, cell.arch, cell.width, cell.changes)
         elif entry.synthetic:
-            key = (cell.method, cell.ipc, cell.distill_seed)
+            key = (set_key(cell),) if set_key else (cell.method, cell.ipc, cell.distill_seed)
         else:
             key = ("coresets", cell.distill_seed)
         groups.setdefault(key, []).append(cell)

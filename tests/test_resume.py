@@ -44,7 +44,7 @@ def records_of(out: Path) -> dict[str, dict]:
     assert not ignored
     timed = ("epoch_seconds", "train_seconds")
     for record in records:
-        del record["seconds"]
+        del record["seconds"], record["memory"]
         record["metrics"] = {k: v for k, v in record["metrics"].items() if k not in timed}
     return {r["key"]: r for r in records}
 
