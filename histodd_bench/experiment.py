@@ -14,6 +14,7 @@ import numpy as np
 from histodd_bench import environment, presets, results, sets
 from histodd_bench.contact_sheet import contact_sheet
 from histodd_bench.data import PatchSet, load_dataset
+from histodd_bench.data.parts import part_of, split_name
 from histodd_bench.environment import configure, own_random
 from histodd_bench.errors import HistoddError
 from histodd_bench.evaluate import evaluate, storage
@@ -52,8 +53,9 @@ class Experiment:
     def __init__(self, request: Request, progress: Progress) -> None:
         self.request, self.progress = request, progress
         self.device = configure(request.device, request.threads)
+        name, part = split_name(request.dataset)
         self.dataset = load_dataset(
-            request.dataset,
+            name,
             root=request.data_root,
             image_size=request.image_size,
             seed=request.split_seed,
@@ -61,6 +63,8 @@ class Experiment:
             workers=request.workers,
             progress=progress,
         )
+        if part is not None:
+            self.dataset = part_of(self.dataset, part)
         for note in self.dataset.notes:
             progress.log(f"{request.dataset}: {note}")
         train = self.dataset.train
@@ -141,7 +145,11 @@ class Experiment:
         if (name, ipc, *own) not in self._methods:
             entry, request = method_entry(name), self.request
             policy = {"stain_probability": self.stain.train} if _has(entry.cls, "stain_probability") else {}
-            layers = (policy, request.preset.method_fields(name, ipc, request.dataset), request.overrides.get(name, {}))
+            layers = (
+                policy,
+                request.preset.method_fields(name, ipc, split_name(request.dataset)[0]),
+                request.overrides.get(name, {}),
+            )
             self._methods[name, ipc, *own] = _changed(presets.build(entry.cls, *layers), name, own)
         return self._methods[name, ipc, *own]
 

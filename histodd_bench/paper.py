@@ -125,7 +125,9 @@ SUPP1: dict[tuple[str, int | None, str], Printed] = {
         "unitopatho-dg": ("5,631", "2,277", "160", "70"),
         "unitopatho-pt": ("6,889", "2,647", "208", "88"),
     }.items()
-    for title, number in zip(("Training patches", "Test patches", "Training slides", "Test slides"), numbers, strict=True)
+    for title, number in zip(
+        ("Training patches", "Test patches", "Training slides", "Test slides"), numbers, strict=True
+    )
 }
 """Table 1 of the supplement: counts by (dataset, None, column)."""
 

@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection, wait
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
 from histodd_bench.progress import Progress
-from histodd_bench.request import Cell, Request
+from histodd_bench.request import Cell, MakeSet, Request
 
-Piece = int | tuple[Cell, ...]  # a network of the pool to train, or cells that belong together
+Piece = int | MakeSet | tuple[Cell, ...]  # a network of the pool to train, a set to make, or cells that belong together
 _PR_SET_PDEATHSIG = 1
 
 
@@ -104,6 +104,9 @@ def _work(request: Request, connection: Connection, talkative: bool) -> None:
         while (piece := connection.recv()) is not None:
             if isinstance(piece, int):
                 experiment.pool().load(piece)
+            elif isinstance(piece, MakeSet):
+                experiment.make(piece.method, piece.ipc, piece.seed, piece.changes)
+                connection.send(("cell", ""))
             else:
                 for cell in piece:
                     results.write_record(request.out, experiment.cell(cell))

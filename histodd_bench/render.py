@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from histodd_bench.layout import Cell, Grid, Value
+from histodd_bench.layout import Cell, Grid, Interval, Value
 from histodd_bench.results import Record, finite
 
 DASH = "-"  # a cell that has not been computed
@@ -19,8 +19,10 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
         return DASH
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Interval):
+        return f"{cell.value:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}] to {cell.against}"
     if cell.printed is not None:
-        return f"{cell.printed.mean}{plus_minus}{cell.printed.sd}"
+        return f"{cell.printed.mean}{plus_minus}{cell.printed.sd}" if cell.printed.sd else cell.printed.mean
     if math.isnan(cell.mean):
         return DASH
     text = f"{cell.mean:.{cell.metric.digits}f}"
@@ -33,14 +35,20 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
 
 
 def _heads(grid: Grid) -> list[str]:
-    return ["", "Img/Cls", "Ratio %", *grid.columns]
+    """Headings: block, label and budget columns as far as the grid has them, then its own columns."""
+    blocks = ["", *([grid.head] if grid.head else [])] if grid.budgets else [grid.head]
+    return [*blocks, *(["Img/Cls", "Ratio %"] if grid.budgets else []), *grid.columns]
 
 
 def _lead(grid: Grid, i: int) -> list[str]:
-    """The first three columns of a row; a block's title stands on its first row only."""
-    row = grid.rows[i]
-    new = i == 0 or grid.rows[i - 1].block != row.block
-    return ["paper" if row.source == "paper" else (row.block if new else ""), row.ipc, row.ratio]
+    """The first columns of a row; a block's title, and a label, stand on their first row only."""
+    row, before = grid.rows[i], grid.rows[i - 1] if i else None
+    new = before is None or before.block != row.block
+    block = "paper" if row.source == "paper" else (row.block if new else "")
+    label = row.label if new or before is None or before.label != row.label else ""
+    if not grid.budgets:
+        return ["paper" if row.source == "paper" else label]
+    return [block, *([label] if grid.head else []), row.ipc, row.ratio]
 
 
 def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = False) -> str:
@@ -54,7 +62,7 @@ def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = Fals
     for grid in grids:
         table = Table(title=Text(grid.title), title_justify="left")
         for i, head in enumerate(_heads(grid)):
-            table.add_column(Text(head), justify="left" if i == 0 else "right")
+            table.add_column(Text(head), justify="left" if i == 0 or head == grid.head else "right")
         for i, row in enumerate(grid.rows):
             style = "dim" if row.source == "paper" else ""
             cells = [Text(number(c), style="bold" if isinstance(c, Value) and c.best else style) for c in row.cells]
@@ -78,7 +86,8 @@ def markdown(grids: Sequence[Grid]) -> str:
     for grid in grids:
         lines = [f"### {safe(grid.title)}", ""]
         lines.append("| " + " | ".join(safe(h) for h in _heads(grid)) + " |")
-        lines.append("|" + "|".join([":--", *["--:"] * (len(grid.columns) + 2)]) + "|")
+        texts = 2 if grid.head and grid.budgets else 1
+        lines.append("|" + "|".join([":--"] * texts + ["--:"] * (len(_heads(grid)) - texts)) + "|")
         for i, row in enumerate(grid.rows):
             lead = [safe(t) for t in _lead(grid, i)]
             lead[0] = "*paper*" if row.source == "paper" else lead[0]
@@ -116,7 +125,8 @@ def latex(grids: Sequence[Grid]) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for grid in grids:
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(grid.title)}.}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) + 2)}}}", r"\toprule"]
+        texts = 2 if grid.head and grid.budgets else 1
+        lines += [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(_heads(grid)) - texts)}}}", r"\toprule"]
         lines += [" & ".join(tex(h) for h in _heads(grid)) + r" \\", r"\midrule"]
         for i, row in enumerate(grid.rows):
             if i and grid.rows[i - 1].block != row.block:
@@ -135,7 +145,9 @@ def latex(grids: Sequence[Grid]) -> str:
     return "\n".join(parts)
 
 
-CSV_COLUMNS = ("dataset", "network", "metric", "ipc", "ratio_percent", "column", "source", "mean", "sd", "n")
+CSV_COLUMNS = (
+    "dataset", "network", "metric", "ipc", "ratio_percent", "column", "source", "mean", "sd", "n", "row", "low", "high",
+)  # fmt: skip
 
 
 def as_csv(grids: Sequence[Grid]) -> str:
@@ -149,23 +161,16 @@ def as_csv(grids: Sequence[Grid]) -> str:
                 if isinstance(cell, str):
                     continue
                 whole = title == "Full"
-                head = [
-                    grid.dataset,
-                    grid.arch,
-                    row.block,
-                    "" if whole else row.ipc,
-                    "" if whole else row.ratio,
-                    title,
-                    row.source,
-                ]
-                if cell is None:
-                    writer.writerow([*map(_plain, head), "", "", 0])
-                elif cell.printed is not None:
-                    writer.writerow([*map(_plain, head), cell.printed.mean, cell.printed.sd, ""])
-                else:
-                    writer.writerow(
-                        [*map(_plain, head), repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n]
-                    )
+                budget = ["" if whole else row.ipc, "" if whole else row.ratio]
+                head = [grid.dataset, grid.arch, row.block, *budget, title, row.source]
+                numbers: list[object] = ["", "", 0, "", ""]
+                if isinstance(cell, Interval):
+                    numbers = [repr(cell.value), "", "", repr(cell.low), repr(cell.high)]
+                elif cell is not None and cell.printed is not None:
+                    numbers = [cell.printed.mean, cell.printed.sd, "", "", ""]
+                elif cell is not None:
+                    numbers = [repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n, "", ""]
+                writer.writerow([*map(_plain, head), *numbers[:3], _plain(row.label), *numbers[3:]])
     return stream.getvalue()
 
 

@@ -69,9 +69,21 @@ class Cell:
     changes: Changes = ()
 
 
+@dataclass(frozen=True)
+class MakeSet:
+    """A set to be made, without training on it."""
+
+    method: str
+    ipc: int | None
+    seed: int | None
+    changes: Changes = ()
+
+
 def changes_of(column: Column) -> Changes:
     """What a column fixes, in a form that can be part of a cell."""
-    return tuple((s, name, value) for s, fields in sorted(column.fields.items()) for name, value in sorted(fields.items()))
+    return tuple(
+        (s, name, value) for s, fields in sorted(column.fields.items()) for name, value in sorted(fields.items())
+    )
 
 
 def columns_of(request: Request) -> list[Column]:
@@ -88,7 +100,8 @@ def cells(request: Request) -> list[Cell]:
     The whole training set has neither images per class nor distillation seeds; it is trained once per evaluation seed.
     """
     ordered: dict[Cell, None] = {}
-    budgeted, whole = [], []
+    budgeted: list[tuple[str, Changes]] = []
+    whole: list[tuple[str, Changes]] = []
     for column in columns_of(request):
         kind = whole if method_entry(column.method).whole else budgeted
         kind.append((column.method, changes_of(column)))

@@ -4,7 +4,11 @@ from histodd_bench.tables import accounting
 from histodd_bench.tables.declaration import Column, Table, Times
 
 _FACTORS = {"outer_steps": (0.25, 0.5, 1, 2), "inner_steps": (0.25, 0.5, 1, 2), "image_lr": (0.1, 0.3, 1, 3, 10)}
-_LABELS = {"outer_steps": "K = {outer_steps}", "inner_steps": "U = {inner_steps}", "image_lr": "image_lr = {image_lr:g}"}
+_LABELS = {
+    "outer_steps": "K = {outer_steps}",
+    "inner_steps": "U = {inner_steps}",
+    "image_lr": "image_lr = {image_lr:g}",
+}
 
 TABLE = Table(
     name="fig2",

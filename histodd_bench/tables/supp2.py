@@ -2,12 +2,12 @@
 
 from histodd_bench import paper
 from histodd_bench.tables import accounting
-from histodd_bench.tables.declaration import OPERATIONS, Column, Table
+from histodd_bench.tables.declaration import OPERATIONS, Column, Fields, Table
 
 _GEOMETRY = tuple(op for op in OPERATIONS if op != "stain")
-_LOOP = {"histodd": {"augment": OPERATIONS, "stain_probability": 1.0}, "pool": {"stain_train": 1.0}}
-_PRE = {"histodd": {"augment": _GEOMETRY}, "pool": {"stain_train": 0.0}, "data": {"stain_pre": True}}
-_NONE = {"histodd": {"augment": _GEOMETRY}, "pool": {"stain_train": 0.0}}
+_LOOP: Fields = {"histodd": {"augment": OPERATIONS, "stain_probability": 1.0}, "pool": {"stain_train": 1.0}}
+_PRE: Fields = {"histodd": {"augment": _GEOMETRY}, "pool": {"stain_train": 0.0}, "data": {"stain_pre": True}}
+_NONE: Fields = {"histodd": {"augment": _GEOMETRY}, "pool": {"stain_train": 0.0}}
 _WITH, _WITHOUT = {"stain_train": 1.0, "stain_test": True}, {"stain_train": 0.0, "stain_test": False}
 
 TABLE = Table(
