@@ -220,6 +220,15 @@ class Experiment:
                     place.append([row.format(**fields), title])
         return found
 
+    def rows(self) -> list[str]:
+        """Labels of the table's rows, in the order of its declaration."""
+        labels = [
+            column.row.format(**dataclasses.asdict(self.method(column.method, ipc, changes_of(column))))
+            for column in columns_of(self.request)
+            for ipc in (self.request.ipc if not method_entry(column.method).whole else (None,))
+        ]
+        return list(dict.fromkeys(labels))
+
     # ---- work --------------------------------------------------------------------------------------------------------
 
     def make(self, name: str, ipc: int | None, seed: int | None, changes: Changes = ()) -> Made:

@@ -70,7 +70,7 @@ class Grid:
     Attributes:
         head: of the column of labels; empty where rows have none.
         budgets: whether rows are about images per class.
-        series: the numbers of every method for plots, by name.
+        series: the numbers for plots, by panel (network or row, where there are several) and name of the line.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Grid:
     notes: list[str] = field(default_factory=list)
     head: str = ""
     budgets: bool = True
-    series: dict[str, Points] = field(default_factory=dict)
+    series: dict[str, dict[str, Points]] = field(default_factory=dict)
 
 
 Asked = Mapping[str, Any]  # what the plan says of one table and data set
@@ -205,8 +205,7 @@ class _Builder:
         elif name == "title":
             declared = [c.title for c in self.table.columns]
         else:
-            planned = [row for places in self.asked.get("cells", {}).values() for row, _ in places]
-            declared = planned or [c.row for c in self.table.columns if "{" not in c.row]
+            declared = self.asked.get("rows") or [c.row for c in self.table.columns if "{" not in c.row]
         if name == "row" and not self.archs:
             return list(dict.fromkeys([*declared, *present]))
         plain = dict(zip(self.part[name], self.part["plain"], strict=True))
@@ -231,8 +230,8 @@ class _Builder:
         paired = any(isinstance(c, Interval) for r in made.rows for c in r.cells)
         made.notes = notes(self.table, self.dataset, list(self.records.values()), self.part, paired)
         for (row, ipc, title), values in self.values.items():
-            name = " · ".join(part for part in (row, title) if part)
-            made.series.setdefault(name, {})[ipc] = values
+            panel, name = (title, row) if self.archs else (row, title)
+            made.series.setdefault(panel, {}).setdefault(name, {})[ipc] = values
         return made
 
     def _block(self, metric: Metric) -> list[Row]:
@@ -264,7 +263,7 @@ class _Builder:
             value, ipc = self.values.get((row, None, title), {}).get(metric.key), None
         if value is None:
             # Where a number means nothing (the whole set below its first row, its selection time) a cell is empty; else a gap.
-            return "" if (row, title) in self.whole else None
+            return "" if (row, title) in self.whole or (row, ipc, title) in self.values else None
         if ipc is None:
             return value
         whole = self._whole_value(metric, row, title)

@@ -37,10 +37,11 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
         wide = "" if pool.get("width") is None else f" (width {pool['width']})"
         notes.append(f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}.")
     notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
+    whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
     selection = part["distill_seed"].dropna().nunique()
     notes.append(
         f"mean ± standard deviation (n) over at most {selection} selection or distillation seeds x "
-        f"{part['eval_seed'].nunique()} evaluation seeds; Full has evaluation seeds only. - = not computed yet."
+        f"{part['eval_seed'].nunique()} evaluation seeds{whole}. - = not computed yet."
     )
     notes.append("Ratio % = images per class x classes / training patches. Best method with a budget in bold.")
     if intervals:
@@ -63,7 +64,7 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
         f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
         f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
     )
-    notes += [f"{dataset}: {note}" for note in data["notes"]]
+    notes += data["notes"] if table.kind == "sequence" else [f"{dataset}: {note}" for note in data["notes"]]
     notes += table.remarks
     if any(key[0] == dataset for key in table.paper_archs):
         notes.append(f"'paper': as printed in the paper for {paper.DATASETS.get(dataset, dataset)}, at 256 or 1024 px.")

@@ -32,7 +32,8 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             for c, k in sequence.cells()
             for p in [sequence.experiments[0].places()[results.key_of(sequence.experiments[0].cell_config(c))][0]]
         }
-        results.write_plan(out, table.name, {sequence.name: {**_asked(stages[0]), "cells": places}})
+        rows = [sequence.row(k + 1) for k in range(len(stages))]
+        results.write_plan(out, table.name, {sequence.name: {**_asked(stages[0]), "rows": rows, "cells": places}})
         run_sequence(sequence)
     else:
         for request in requests:
@@ -41,7 +42,11 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             todo = experiment.cells(request)
             _announce(request, progress, len(todo), request.dataset)
             progress.log(current.budget())
-            results.write_plan(out, table.name, {request.dataset: {**_asked(request), "cells": current.places()}})
+            results.write_plan(
+                out,
+                table.name,
+                {request.dataset: {**_asked(request), "rows": current.rows(), "cells": current.places()}},
+            )
             stain_plot.write_fits(current)
             experiment.run(current, todo)
 

@@ -69,7 +69,8 @@ class Plot:
     """One plot of the report: a metric over another, one line for each column.
 
     Attributes:
-        x, y: keys of metrics, or ``ipc``.
+        x, y: keys of metrics. ``x`` may also be ``ipc``; ``label``, the number in row labels such as ``K = 10``, with one
+            panel for each name; or ``stage``, the number that labels begin with.
         log: a logarithmic x axis.
     """
 

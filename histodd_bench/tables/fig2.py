@@ -1,7 +1,7 @@
 """Figure 2 of the supplement: sensitivity to the outer loops K, the inner loops U and the image learning rate."""
 
 from histodd_bench.tables import accounting
-from histodd_bench.tables.declaration import Column, Table, Times
+from histodd_bench.tables.declaration import Column, Plot, Table, Times
 
 _FACTORS = {"outer_steps": (0.25, 0.5, 1, 2), "inner_steps": (0.25, 0.5, 1, 2), "image_lr": (0.1, 0.3, 1, 3, 10)}
 _LABELS = {
@@ -25,4 +25,5 @@ TABLE = Table(
         "One field is changed at a time, the others stay as the preset has them; the paper shows this figure as curves "
         "without numbers.",
     ),
+    plots=(Plot("Accuracy", "label", "metrics.accuracy", log=True),),
 )

@@ -1,6 +1,6 @@
 """Figure 3 of the supplement: continual learning from small memories of data sets that arrive one after the other."""
 
-from histodd_bench.tables.declaration import Column, Metric, Table
+from histodd_bench.tables.declaration import Column, Metric, Plot, Table
 
 TABLE = Table(
     name="fig3",
@@ -20,6 +20,10 @@ TABLE = Table(
     ipc=(10,),
     options={"quick": {"seeds": 2, "eval_seeds": 2}},
     paper_arch="ResNet18",
+    plots=(
+        Plot("Accuracy, the task is known", "stage", "metrics.masked_accuracy"),
+        Plot("Accuracy, classes of all tasks", "stage", "metrics.accuracy"),
+    ),
     remarks=(
         "After each stage a new network is trained from scratch on the memory: the sets of all data sets seen so far, each "
         "with its own classes. Accuracy is the mean over the data sets seen, each counting the same, at the last epoch.",

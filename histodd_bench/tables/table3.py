@@ -13,8 +13,8 @@ TABLE = Table(
     across="archs",
     options={
         "quick": {
-            "archs": ("convnet-d3", "resnetap10:16", "resnet18:16", "densenet121:8", "vit:64"),
-            "ipc": (10, 50),
+            "archs": ("convnet-d3", "resnetap10:8", "resnet18:8", "densenet121:4", "vit:32"),
+            "ipc": (10, 20),
             "seeds": 2,
             "eval_seeds": 1,
         },
