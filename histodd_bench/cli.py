@@ -245,6 +245,23 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from histodd_bench import report
+
+    target = args.out
+    print(report.follow(args.run, target, seconds=args.every) if args.follow else report.write_report(args.run, target))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    if args.format not in ("rich", "markdown", "csv", "json"):
+        raise unknown_name("format", args.format, ("rich", "markdown", "csv", "json"))
+    from histodd_bench import compare
+
+    print(compare.FORMATS[args.format](compare.compare(args.run_a, args.run_b)), end="")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from histodd_bench.doctor import report
 
@@ -259,6 +276,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "distill": _make,
     "select": _make,
     "evaluate": _evaluate,
+    "report": _report,
+    "compare": _compare,
     "doctor": _doctor,
 }
 

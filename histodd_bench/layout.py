@@ -229,7 +229,8 @@ class _Builder:
                 made.rows += self._intervals(metric)
         paired = any(isinstance(c, Interval) for r in made.rows for c in r.cells)
         made.notes = notes(self.table, self.dataset, list(self.records.values()), self.part, paired)
-        for (row, ipc, title), values in self.values.items():
+        order = {name: i for i, name in enumerate([*self.rows, *self.titles])}
+        for (row, ipc, title), values in sorted(self.values.items(), key=lambda v: (order[v[0][2]], order[v[0][0]])):
             panel, name = (title, row) if self.archs else (row, title)
             made.series.setdefault(panel, {}).setdefault(name, {})[ipc] = values
         return made

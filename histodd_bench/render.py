@@ -34,13 +34,13 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
     return text
 
 
-def _heads(grid: Grid) -> list[str]:
+def heads(grid: Grid) -> list[str]:
     """Headings: block, label and budget columns as far as the grid has them, then its own columns."""
     blocks = ["", *([grid.head] if grid.head else [])] if grid.budgets else [grid.head]
     return [*blocks, *(["Img/Cls", "Ratio %"] if grid.budgets else []), *grid.columns]
 
 
-def _lead(grid: Grid, i: int) -> list[str]:
+def lead(grid: Grid, i: int) -> list[str]:
     """The first columns of a row; a block's title, and a label, stand on their first row only."""
     row, before = grid.rows[i], grid.rows[i - 1] if i else None
     new = before is None or before.block != row.block
@@ -61,13 +61,13 @@ def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = Fals
     console = Console(file=stream, width=width or 400, force_terminal=colour, color_system="auto" if colour else None)
     for grid in grids:
         table = Table(title=Text(grid.title), title_justify="left")
-        for i, head in enumerate(_heads(grid)):
+        for i, head in enumerate(heads(grid)):
             table.add_column(Text(head), justify="left" if i == 0 or head == grid.head else "right")
         for i, row in enumerate(grid.rows):
             style = "dim" if row.source == "paper" else ""
             cells = [Text(number(c), style="bold" if isinstance(c, Value) and c.best else style) for c in row.cells]
             last = i + 1 == len(grid.rows) or grid.rows[i + 1].block != row.block
-            table.add_row(*[Text(t, style=style) for t in _lead(grid, i)], *cells, end_section=last)
+            table.add_row(*[Text(t, style=style) for t in lead(grid, i)], *cells, end_section=last)
         console.print(table)
         for note in grid.notes:
             console.print(Text("  " + note), soft_wrap=width is None)
@@ -85,18 +85,18 @@ def markdown(grids: Sequence[Grid]) -> str:
     parts = []
     for grid in grids:
         lines = [f"### {safe(grid.title)}", ""]
-        lines.append("| " + " | ".join(safe(h) for h in _heads(grid)) + " |")
+        lines.append("| " + " | ".join(safe(h) for h in heads(grid)) + " |")
         texts = 2 if grid.head and grid.budgets else 1
-        lines.append("|" + "|".join([":--"] * texts + ["--:"] * (len(_heads(grid)) - texts)) + "|")
+        lines.append("|" + "|".join([":--"] * texts + ["--:"] * (len(heads(grid)) - texts)) + "|")
         for i, row in enumerate(grid.rows):
-            lead = [safe(t) for t in _lead(grid, i)]
-            lead[0] = "*paper*" if row.source == "paper" else lead[0]
+            start = [safe(t) for t in lead(grid, i)]
+            start[0] = "*paper*" if row.source == "paper" else start[0]
             cells = []
             for cell in row.cells:
                 text = safe(number(cell))
                 bold = isinstance(cell, Value) and cell.best
                 cells.append(f"**{text}**" if bold else f"*{text}*" if row.source == "paper" and text else text)
-            lines.append("| " + " | ".join(lead + cells) + " |")
+            lines.append("| " + " | ".join(start + cells) + " |")
         lines += ["", *[f"- {safe(note)}" for note in grid.notes], ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
@@ -126,8 +126,8 @@ def latex(grids: Sequence[Grid]) -> str:
     for grid in grids:
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(grid.title)}.}}"]
         texts = 2 if grid.head and grid.budgets else 1
-        lines += [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(_heads(grid)) - texts)}}}", r"\toprule"]
-        lines += [" & ".join(tex(h) for h in _heads(grid)) + r" \\", r"\midrule"]
+        lines += [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(heads(grid)) - texts)}}}", r"\toprule"]
+        lines += [" & ".join(tex(h) for h in heads(grid)) + r" \\", r"\midrule"]
         for i, row in enumerate(grid.rows):
             if i and grid.rows[i - 1].block != row.block:
                 lines.append(r"\midrule")
@@ -138,7 +138,7 @@ def latex(grids: Sequence[Grid]) -> str:
                 cells.append(
                     rf"\textbf{{{text}}}" if bold else rf"\textit{{{text}}}" if row.source == "paper" and text else text
                 )
-            lines.append(" & ".join([*map(tex, _lead(grid, i)), *cells]) + r" \\")
+            lines.append(" & ".join([*map(tex, lead(grid, i)), *cells]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", ""]
         lines += [rf"{{\footnotesize {tex(note)}\par}}" for note in grid.notes]
         parts.append("\n".join([*lines, r"\end{table}", ""]))

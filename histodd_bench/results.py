@@ -162,6 +162,15 @@ def variant(config: Mapping[str, Any]) -> dict[str, Any]:
 _DATA = ("name", "train", "test", "image_size", "split_seed")
 
 
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration field by field: dotted names, lists whole."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = flat_config(value) if isinstance(value, Mapping) else None
+        flat.update({name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()})
+    return flat
+
+
 def _flat(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, inner in value.items():
