@@ -75,12 +75,14 @@ def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = Fals
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
+def safe(text: str) -> str:
+    """Text with every character Markdown or HTML would act on escaped, on one line."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", text).replace("\n", " ")
+
+
 def markdown(grids: Sequence[Grid]) -> str:
     """GitHub-flavoured tables, notes below each."""
-
-    def safe(text: str) -> str:
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        return re.sub(r"([\\|*_`\[\]])", r"\\\1", text).replace("\n", " ")
 
     parts = []
     for grid in grids:
@@ -170,11 +172,11 @@ def as_csv(grids: Sequence[Grid]) -> str:
                     numbers = [cell.printed.mean, cell.printed.sd, "", "", ""]
                 elif cell is not None:
                     numbers = [repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n, "", ""]
-                writer.writerow([*map(_plain, head), *numbers[:3], _plain(row.label), *numbers[3:]])
+                writer.writerow([*map(plain, head), *numbers[:3], plain(row.label), *numbers[3:]])
     return stream.getvalue()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
     return "'" + text if text[:1] in ("=", "+", "-", "@") else text
 

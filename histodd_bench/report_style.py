@@ -40,7 +40,7 @@ figure svg { display: block; width: 100%; height: auto; }
 figure ul { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: 0; margin: .3rem 0 0; font-size: .83rem; }
 figure li { display: flex; align-items: center; gap: .35rem; }
 figure svg.mark { width: 26px; height: 12px; flex: none; }
-svg text { fill: var(--fg); font-size: 12px; }
+svg text { fill: var(--fg); font-size: 13px; }
 svg text.axis { fill: var(--dim); }
 svg path { fill: none; }
 svg .grid { stroke: var(--line); stroke-width: 1; opacity: .6; }

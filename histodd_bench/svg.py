@@ -137,7 +137,7 @@ def _x_axis(xs: Sequence[float], log: bool, ticks: list[float]) -> tuple[tuple[f
             decades = range(math.floor(math.log10(axis[0])), math.ceil(math.log10(axis[1])) + 1)
             choices = [[m * 10.0**d for d in decades for m in steps] for steps in ((1,), (1, 3), (1, 2, 5))]
             inside = [[t for t in c if axis[0] <= t <= axis[1]] for c in choices]
-            ticks = next((c for c in inside if len(c) > 2), None) or nice_ticks(*axis)
+            ticks = next((c for c in inside if len(c) > 2), nice_ticks(*axis))
     else:
         if low == high:
             low, high = low - 0.5, high + 0.5
