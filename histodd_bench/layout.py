@@ -260,8 +260,9 @@ class _Builder:
 
     def _cell(self, metric: Metric, row: str, ipc: int | None, title: str, first: bool) -> Cell:
         value = self.values.get((row, ipc, title), {}).get(metric.key)
-        if value is None and first and not self.archs:
-            value, ipc = self.values.get((row, None, title), {}).get(metric.key), None
+        whole_set = self.values.get((row, None, title), {}).get(metric.key)
+        if value is None and first and not self.archs and whole_set is not None:
+            return whole_set
         if value is None:
             # Where a number means nothing (the whole set below its first row, its selection time) a cell is empty; else a gap.
             return "" if (row, title) in self.whole or (row, ipc, title) in self.values else None

@@ -16,7 +16,8 @@ from histodd_bench import results
 from histodd_bench.files import PARTIAL
 
 KILLS = 20
-TIMES = ("Training time per epoch, s", "of which", "Peak memory", "Epochs after", "Selection / distillation time, s", "Training of the networks")
+TIMES = ("Training time per epoch, s", "of which", "Peak memory", "Epochs after", "Selection / distillation time, s",
+         "Training of the networks")  # fmt: skip
 
 
 def run_here(arguments: list[str], cache: str, folder: str) -> None:
