@@ -55,15 +55,15 @@ def sheets_html(out: Path, cards: Sequence[tuple[Path, Mapping[str, Any]]], want
             f[2]["method"],
         ),
     )
-    shown: list[str] = []
+    shown: dict[bool, list[str]] = {True: [], False: []}
     left, spent = 0, 0
-    for _, folder, card in order:
+    for main, folder, card in order:
         path = out / "sheets" / f"{folder.name}.png"
         try:
             data = path.read_bytes()
         except OSError:
             continue
-        if spent + len(data) > SHEET_BYTES and shown:
+        if spent + len(data) > SHEET_BYTES and spent:
             left += 1
             continue
         spent += len(data)
@@ -71,11 +71,14 @@ def sheets_html(out: Path, cards: Sequence[tuple[Path, Mapping[str, Any]]], want
         text = f"{card['dataset']}: {title}, {card['ipc']} per class, seed {card['seed']}"
         text += _fields_told(card)
         uri = "data:image/png;base64," + base64.b64encode(data).decode()
-        shown.append(
+        shown[main].append(
             f'<figure><figcaption>{escape(text)}</figcaption><img alt="{escape(text)}" src="{uri}" loading="lazy"></figure>'
         )
+    made = {main: f'<div class="sheets">{"".join(found)}</div>' if found else "" for main, found in shown.items()}
+    text = f"{len(shown[False])} more, of other columns and rows of the tables"
+    others = f"<details><summary>{text}</summary>{made[False]}</details>" if made[False] and made[True] else made[False]
     more = f'<p class="dim">{left} more sheets lie in {escape(str(out / "sheets"))}.</p>' if left else ""
-    return f'<div class="sheets">{"".join(shown)}</div>{more}' if shown else ""
+    return made[True] + others + more if made[True] or others else ""
 
 
 def known_synthetic(known: Mapping[str, Any], method: str) -> bool:
@@ -130,6 +133,7 @@ def stains_html(out: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         target = [row[0] for row in template["stain"]] + [row[1] for row in template["stain"]]
+        window = [_chromatic(r[i : i + 3]) for rows in (before, after) for r in rows for i in (0, 3)]
         for name, rows in (("as they are", before), ("normalised", after)):
             lines = [
                 svg.Line("haematoxylin", tuple(_chromatic(r[:3]) for r in rows), 0, joined=False),
@@ -138,7 +142,7 @@ def stains_html(out: Path) -> str:
             ]
             figures.append(
                 svg.plot(lines, title=f"{label}: {len(rows)} of {facts['tried']} training patches, {name}",
-                         x_title="red share of the optical density", y_title="blue share")
+                         x_title="red share of the optical density", y_title="blue share", window=window)
             )  # fmt: skip
         colours = "".join(
             f'<span class="swatch" style="background:{_colour(target[i : i + 3])}"></span> {name} &nbsp;'

@@ -53,8 +53,8 @@ svg .hollow { stroke-width: 2; }
 svg .point.c1:not(.hollow) { fill: var(--c1); } svg .point.c2:not(.hollow) { fill: var(--c2); }
 svg .point.c3:not(.hollow) { fill: var(--c3); } svg .point.c4:not(.hollow) { fill: var(--c4); }
 svg .point.c5:not(.hollow) { fill: var(--c5); } svg .point.c6:not(.hollow) { fill: var(--c6); }
-.sheets { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; align-items: start; }
-.sheets img { max-width: 100%; height: auto; image-rendering: pixelated; background: #fff;
+.sheets { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem; align-items: start; }
+.sheets img { max-width: 100%; height: auto; background: #fff;
   border: 1px solid var(--line); border-radius: 4px; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; color: var(--dim); }

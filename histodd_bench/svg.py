@@ -41,6 +41,7 @@ def plot(
     log: bool = False,
     ticks: Sequence[float] = (),
     levels: Mapping[str, float] | None = None,
+    window: Sequence[Point] = (),
 ) -> str:
     """An SVG of lines with error bars, its title and a legend inside a ``figure``; empty where there is nothing to draw.
 
@@ -50,6 +51,7 @@ def plot(
         log: a logarithmic x axis; points at or below 0 are left out.
         ticks: places of x ticks; chosen by default.
         levels: name -> y of horizontal lines, such as that of the whole training set.
+        window: points that the axes must reach, drawn or not: for plots that are compared.
     """
     lines = [
         Line(s.name, tuple(p for p in s.points if _drawable(p, log)), s.style, s.joined)
@@ -58,10 +60,11 @@ def plot(
     lines, levels = [s for s in lines if s.points], {k: v for k, v in (levels or {}).items() if math.isfinite(v)}
     if not lines:
         return ""
-    xs = [p.x for s in lines for p in s.points]
+    xs = [p.x for s in lines for p in s.points] + [p.x for p in window]
     spans = [(p.y - e, p.y + e) for s in lines for p in s.points for e in [0.0 if math.isnan(p.error) else p.error]]
     low, high = min(a for a, _ in spans), max(b for _, b in spans)
-    low, high = min([low, *levels.values()]), max([high, *levels.values()])
+    shown = [*levels.values(), *(p.y for p in window)]
+    low, high = min([low, *shown]), max([high, *shown])
     y_ticks = nice_ticks(low, high)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
     x_axis, x_ticks = _x_axis(xs, log, list(ticks))
@@ -144,6 +147,8 @@ def _x_axis(xs: Sequence[float], log: bool, ticks: list[float]) -> tuple[tuple[f
         margin = (high - low) * 0.06
         axis = low - margin, high + margin
         ticks = ticks or nice_ticks(low, high)
+        if all(x == round(x) for x in xs):
+            ticks = [t for t in ticks if t == round(t)]
     return axis, [t for t in ticks if axis[0] <= t <= axis[1]]
 
 
