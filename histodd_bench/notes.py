@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 
 from histodd_bench import bootstrap, paper
@@ -35,7 +36,8 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     for pool in (json.loads(p) for p in sorted(pools)):
         long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
         wide = "" if pool.get("width") is None else f" (width {pool['width']})"
-        notes.append(f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}.")
+        line = f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}."
+        notes += [] if line in notes else [line]
     notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
     whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
     selection = part["distill_seed"].dropna().nunique()
@@ -60,6 +62,8 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
             "epoch against the whole set. Networks shared by several sets are counted for each. Loading is timed alone, after "
             "the training; peak memory is that of the device's allocator, on a CPU of the whole process."
         )
+    if table.across == "archs":
+        notes += epoch_costs(part)
     notes.append(
         f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
         f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
@@ -88,6 +92,40 @@ def _stain_notes(records: list[Record]) -> list[str]:
         line += (": " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) if numbers else "") + ")."
         seen.setdefault(line, line)
     return list(seen)
+
+
+def epoch_costs(part: pd.DataFrame) -> list[str]:
+    """What an epoch takes, taken apart: seconds for each optimiser step and for each patch, fitted for every network.
+
+    Relative least squares of ``epoch = steps x a + patches x b`` over the records, with neither below zero. It explains why the
+    factor against the whole set is not the ratio of set sizes.
+
+    Args:
+        part: rows of :func:`histodd_bench.results.to_frame`, with ``title`` naming the network.
+    """
+    lines = []
+    columns = ["metrics.epoch_seconds", "metrics.steps", "metrics.epochs", "storage.count"]
+    if not set(columns) <= set(part.columns):
+        return []
+    for title, rows in part.groupby("title", sort=False):
+        epoch, steps, epochs, patches = (rows[c].astype(float).to_numpy() for c in columns)
+        small, whole = rows["ipc"].notna().to_numpy(), rows["ipc"].isna().to_numpy()
+        if not small.any() or not whole.any() or not (np.isfinite(epoch) & (epoch > 0)).all():
+            continue
+        made = np.stack([steps / epochs, patches], 1) / epoch[:, None]
+        (a, b), *_ = np.linalg.lstsq(made, np.ones(len(epoch)), rcond=None)
+        if a < 0:
+            a, b = 0.0, float(made[:, 1].sum() / (made[:, 1] ** 2).sum())
+        if b < 0:
+            a, b = float(made[:, 0].sum() / (made[:, 0] ** 2).sum()), 0.0
+        smallest = patches[small].min()
+        ratio = patches[whole].mean() / smallest
+        found = epoch[whole].mean() / epoch[small & (patches == smallest)].mean()
+        lines.append(
+            f"{title}: an epoch takes about {1000 * a:.3g} ms for each step and {1000 * b:.3g} ms for each patch (fitted), so "
+            f"{smallest:.0f} patches are {found:.0f} times faster than {patches[whole].mean():.0f} (x{ratio:.0f} patches)."
+        )
+    return lines
 
 
 def _device(environment: dict[str, object]) -> str:

@@ -17,6 +17,8 @@ Distil a large set of H&E patches into a few, and measure it against coresets an
   python -m histodd_bench run table1 --dataset idc --data-root DIR
   python -m histodd_bench run table1 --dataset imagefolder --data-root DIR --ipc 10 --seeds 5
   python -m histodd_bench show table1 --format markdown    what is there; computes nothing
+  python -m histodd_bench run all --out runs/mine          every table and figure; cells they share are computed once
+  python -m histodd_bench report runs/mine                 one self-contained HTML page of it
   python -m histodd_bench list                             tables, data sets, methods, models, presets
   python -m histodd_bench doctor                           versions, devices, compiled operators
 """

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_project import OPTIONS
 
-from histodd_bench import cli, experiment, layout, options, presets, render, results, sets
+from histodd_bench import cli, experiment, layout, notes, options, presets, render, results, sets
 from histodd_bench.augment import OPERATIONS
 from histodd_bench.continual import TaskSequence
 from histodd_bench.progress import Progress
@@ -285,3 +286,16 @@ def test_a_cell_of_another_table_alone_equals_the_cell(all_tables: dict[str, Pat
     assert torch.equal(
         sets.load(folder).patches.images, sets.load(all_tables["out"] / "sets" / folder.name).patches.images
     )
+
+
+def test_what_an_epoch_costs_is_taken_apart() -> None:
+    """Made-up times of 2 ms a step and 0.5 ms a patch are found again."""
+    rows = []
+    for ipc, patches in ((10, 20), (20, 40), (50, 100), (None, 6400)):
+        steps = -(-patches // 64)
+        rows.append({"title": "net", "ipc": ipc, "metrics.epoch_seconds": 0.002 * steps + 0.0005 * patches, "metrics.steps": 50 * steps,
+                     "metrics.epochs": 50, "storage.count": patches})  # fmt: skip
+    (line,) = notes.epoch_costs(pd.DataFrame(rows))
+    assert "about 2 ms for each step and 0.5 ms for each patch" in line
+    assert "20 patches are 283 times faster than 6400 (x320 patches)" in line
+    assert notes.epoch_costs(pd.DataFrame(rows[:3])) == []
