@@ -6,7 +6,7 @@ from typing import Any
 
 from histodd_bench.errors import UsageError
 from histodd_bench.methods import all_methods, method_entry
-from histodd_bench.models import MODELS
+from histodd_bench.models import PRETRAINED, model_entry
 from histodd_bench.presets import Preset
 from histodd_bench.tables.declaration import Column
 
@@ -47,11 +47,15 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, width in (*self.archs, self.distill_arch):
-            least = MODELS[name].min_size
+            least = model_entry(name).min_size
             if self.image_size < least:
                 raise UsageError(
                     f"patches of {self.image_size} px are too small for {name}: it needs at least {least} px; raise --image-size"
                 )
+            if name in PRETRAINED:  # said before anything is computed
+                from histodd_bench.models.imagenet import weights_file
+
+                weights_file(name)
             if width is not None and width < 1:
                 raise UsageError(f"the width of {name} must be at least 1, got {width}")
 
