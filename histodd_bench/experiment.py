@@ -24,7 +24,7 @@ from histodd_bench.methods import MethodEntry, method_entry
 from histodd_bench.models import ModelPool, PoolRecipe
 from histodd_bench.parallel import pieces, run_parallel
 from histodd_bench.progress import Progress
-from histodd_bench.request import Cell, Changes, Request, cells, changes_of, columns_of
+from histodd_bench.request import Cell, Changes, Request, cells
 from histodd_bench.stain import Preprocessing, describe
 from histodd_bench.stain_policy import STAIN_POLICIES, StainPolicy, resolve_stain
 from histodd_bench.stain_pre import normalised
@@ -205,29 +205,6 @@ class Experiment:
         """What the record of a cell depends on."""
         made = self.set_config(cell.method, cell.ipc, cell.distill_seed, cell.changes)
         return self.evaluation_config(cell, made["set"])
-
-    def places(self) -> dict[str, list[list[str]]]:
-        """By record key, where the cells asked for stand in the table: pairs of row and column title."""
-        by_changes: dict[tuple[str, Changes], list[tuple[str, str]]] = {}
-        for column in columns_of(self.request):
-            by_changes.setdefault((column.method, changes_of(column)), []).append((column.row, column.title))
-        found: dict[str, list[list[str]]] = {}
-        for cell in cells(self.request):
-            fields = dataclasses.asdict(self.method(cell.method, cell.ipc, cell.changes))
-            for row, title in by_changes[cell.method, cell.changes]:
-                place = found.setdefault(results.key_of(self.cell_config(cell)), [])
-                if [row.format(**fields), title] not in place:
-                    place.append([row.format(**fields), title])
-        return found
-
-    def rows(self) -> list[str]:
-        """Labels of the table's rows, in the order of its declaration."""
-        labels = [
-            column.row.format(**dataclasses.asdict(self.method(column.method, ipc, changes_of(column))))
-            for column in columns_of(self.request)
-            for ipc in (self.request.ipc if not method_entry(column.method).whole else (None,))
-        ]
-        return list(dict.fromkeys(labels))
 
     # ---- work --------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from histodd_bench import experiment, results, stain_plot
+from histodd_bench import experiment, placement, results, stain_plot
 from histodd_bench.continual import TaskSequence, run_sequence
 from histodd_bench.data import Dataset, load_dataset
 from histodd_bench.layout import network
@@ -27,10 +27,13 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
         stages = sequence_requests(requests)
         sequence = TaskSequence([experiment.Experiment(r, progress) for r in stages])
         _announce(stages[0], progress, len(sequence.cells()), sequence.name)
+        first = sequence.experiments[0]
+        alone = placement.places(first)  # of the first data set's cells: their columns are those of the sequence
         places = {
-            results.key_of(sequence.config(c, k)): [[sequence.row(k), p[1]]]
+            results.key_of(sequence.config(c, k)): [
+                [sequence.row(k), alone[results.key_of(first.cell_config(c))][0][1]]
+            ]
             for c, k in sequence.cells()
-            for p in [sequence.experiments[0].places()[results.key_of(sequence.experiments[0].cell_config(c))][0]]
         }
         rows = [sequence.row(k + 1) for k in range(len(stages))]
         results.write_plan(out, table.name, {sequence.name: {**_asked(stages[0]), "rows": rows, "cells": places}})
@@ -45,7 +48,13 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             results.write_plan(
                 out,
                 table.name,
-                {request.dataset: {**_asked(request), "rows": current.rows(), "cells": current.places()}},
+                {
+                    request.dataset: {
+                        **_asked(request),
+                        "rows": placement.rows(current),
+                        "cells": placement.places(current),
+                    }
+                },
             )
             stain_plot.write_fits(current)
             experiment.run(current, todo)

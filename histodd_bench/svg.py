@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 430, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 12, 46
 COLOURS = 6  # series colours c1..c6 of the page's style sheet, told apart by colour-blind readers
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2", "10 4")

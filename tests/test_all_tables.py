@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_project import OPTIONS
 
-from histodd_bench import cli, experiment, layout, notes, options, presets, render, results, sets
+from histodd_bench import cli, experiment, layout, notes, options, placement, presets, render, results, sets
 from histodd_bench.augment import OPERATIONS
 from histodd_bench.continual import TaskSequence
 from histodd_bench.progress import Progress
@@ -132,7 +132,7 @@ def test_relative_fields_follow_preset_and_command_line(all_tables: dict[str, Pa
     current = experiment.Experiment(dataclasses.replace(asked, columns=(column,)), Progress.silent())
     method = current.method("histodd", 2, changes_of(column))
     assert (method.outer_steps, method.image_lr) == (4, 0.05) and isinstance(method.outer_steps, int)
-    assert current.rows() == ["K = 4"]
+    assert placement.rows(current) == ["K = 4"]
     assert Times(0.01).of(3) == 1, "never none at all"
 
 

@@ -114,7 +114,7 @@ def test_patches_too_small_for_a_network(folders, tmp_path, capsys, more: tuple[
     ("arguments", "says"),
     [
         (("run", "tabel1"), "unknown table 'tabel1': did you mean 'table1'?"),
-        (("show", "table2x"), "unknown table 'table2x': did you mean 'table1'?"),
+        (("show", "table2x"), "unknown table 'table2x': did you mean 'table2'?"),
         (("run", "table1", "--dataset", "dmeo"), "unknown dataset 'dmeo': did you mean 'demo'?"),
         (("run", "table1", "--methods", "random,hearding"), "unknown method 'hearding': did you mean 'herding'?"),
         (("run", "table1", "--archs", "resnet-18"), "unknown model 'resnet-18': did you mean 'resnet18'?"),

@@ -134,7 +134,7 @@ def test_points_land_where_the_axes_say() -> None:
     text = svg.plot([line((0, 0), (10, 10))], title="t", x_title="x", y_title="y")
     marks = [tuple(map(float, m)) for m in re.findall(r'class="point c1" d="M([\d.]+) ([\d.]+)', text)]
     ticks = {
-        float(v): float(y) - 4 for y, v in re.findall(r'<text x="48" y="([\d.]+)" text-anchor="end">([-\d.]+)<', text)
+        float(v): float(y) - 4 for y, v in re.findall(r'<text x="54" y="([\d.]+)" text-anchor="end">([-\d.]+)<', text)
     }
     assert marks[0][1] == pytest.approx(ticks[0.0], abs=0.2) and marks[1][1] == pytest.approx(ticks[10.0], abs=0.2)
     assert marks[0][0] < marks[1][0] and "a &lt; b" in text
