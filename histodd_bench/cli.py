@@ -35,6 +35,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _data_root(given: "Sequence[str]", name: str) -> Path | None:
+    """The folder of a data set: what ``--data-root NAME=DIR`` says of it, else a plain ``--data-root DIR``."""
+    from histodd_bench.data import DATASETS
+
+    pairs = [text.partition("=") for text in given]
+    named = {key: folder for key, equals, folder in pairs if equals and key in DATASETS}
+    plain = [text for text, (key, equals, _) in zip(given, pairs, strict=True) if not (equals and key in DATASETS)]
+    found = named.get(name) or (plain[-1] if plain else None)
+    return Path(found) if found is not None else None
+
+
 def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) -> "list[Request]":
     """Requests, one per data set, from options; every name is checked before anything is loaded."""
     from histodd_bench import presets
@@ -47,7 +58,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     for name in names:
         if name not in DATASETS:
             raise unknown_name("dataset", name, DATASETS)
-        if DATASETS[name].needs_root and args.data_root is None:
+        if DATASETS[name].needs_root and _data_root(args.data_root, name) is None:
             raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
     asked = args.methods or (tuple(dict.fromkeys(c.method for c in table.columns)) if table else ())
     stain = args.stain or options.get("stain") or preset.stain
@@ -72,7 +83,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             device=args.device,
             out=out,
             cache=cache_folder(),
-            data_root=args.data_root,
+            data_root=_data_root(args.data_root, name),
             split_seed=args.split_seed,
             workers=args.workers or min(_cores(), MOST_WORKERS),
             overrides=presets.parse_overrides(args.settings),

@@ -95,7 +95,8 @@ def _shared(parser: Parser, *, table: bool = True) -> None:
     data.add_argument(
         "--dataset", type=_names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
     )
-    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
+    data.add_argument("--data-root", action="append", default=[], metavar="DIR", help="folder of its files, where it needs one; "
+                      "NAME=DIR for each, where several do")  # fmt: skip
     data.add_argument(
         "--image-size", type=_count, metavar="PX", help="patches are resized to this side (default: the preset's)"
     )

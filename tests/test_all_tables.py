@@ -299,3 +299,16 @@ def test_what_an_epoch_costs_is_taken_apart() -> None:
     assert "about 2 ms for each step and 0.5 ms for each patch" in line
     assert "20 patches are 283 times faster than 6400 (x320 patches)" in line
     assert notes.epoch_costs(pd.DataFrame(rows[:3])) == []
+
+
+def test_data_sets_can_have_a_folder_each(all_tables: dict[str, Path]) -> None:
+    def roots(*given: str) -> list[str]:
+        line = ["run", "fig3", "--dataset", "imagefolder,idc,demo", *(t for g in given for t in ("--data-root", g))]
+        made = cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES["fig3"], Path("x"))
+        return [str(r.data_root) for r in made]
+
+    assert roots("/a") == ["/a", "/a", "/a"]
+    assert roots("idc=/b", "/a") == ["/a", "/b", "/a"]
+    assert roots("/odd=name")[0] == "/odd=name"
+    with pytest.raises(Exception, match="dataset 'imagefolder' reads your files: say where they are with --data-root"):
+        roots("idc=/b")
