@@ -20,6 +20,7 @@ from histodd_bench.data.patchset import PatchSet
 from histodd_bench.environment import own_random
 from histodd_bench.evaluate import compute_metrics, loading_seconds
 from histodd_bench.experiment import Experiment
+from histodd_bench.layout import SEQUENCE, stage_row
 from histodd_bench.memory import peak_memory
 from histodd_bench.models import build
 from histodd_bench.parallel import run_parallel
@@ -122,7 +123,7 @@ class TaskSequence:
     def __init__(self, experiments: Sequence[Experiment]) -> None:
         self.experiments = list(experiments)
         self.names = [e.request.dataset for e in experiments]
-        self.name = " > ".join(self.names)
+        self.name = SEQUENCE.join(self.names)
 
     def cells(self) -> list[tuple[Cell, int]]:
         """Every training: a cell of the first request, and after how many stages."""
@@ -130,7 +131,7 @@ class TaskSequence:
 
     def row(self, stages: int) -> str:
         """Label of a stage's row."""
-        return f"{stages}. {'+ ' if stages > 1 else ''}{self.names[stages - 1]}"
+        return stage_row(stages, self.names)
 
     def config(self, cell: Cell, stages: int) -> dict[str, Any]:
         """What a record depends on. The test data are those of the whole sequence, which all its records share."""

@@ -124,9 +124,15 @@ def _places(table: Table, record: Record, plan: Mapping[str, Asked]) -> list[tup
     if asked:
         return [(row, title) for row, title in asked]
     method, config = record["method"], record["config"]
+    stages = config["set"].get("stages")
+    if (stages is not None) != (table.kind == "sequence"):
+        return []
     if method not in {c.method for c in table.columns}:
         known = all_methods()
         return [("", known[method].title if method in known else method)]
+    if stages is not None:
+        row = stage_row(stages, record["dataset"].split(SEQUENCE))
+        return [(row, c.title) for c in table.columns if c.method == method]
     fields = config["set"].get("fields") or {}
     sections = {method: fields, "pool": config["set"].get("pool") or {}, "eval": config["eval"], "data": config["data"]}
     return [
@@ -342,6 +348,14 @@ class _Builder:
             return []
         ratio = table.paper_ratio.get((self.dataset, ipc), "") if ipc is not None else "100"
         return [Row(metric.title, "" if ipc is None else str(ipc), ratio, cells, source="paper", label=label)]
+
+
+SEQUENCE = " > "  # between the names of data sets that arrive one after the other
+
+
+def stage_row(stages: int, names: Sequence[str]) -> str:
+    """Label of the row of a stage: its number and the data set that was added."""
+    return f"{stages}. {'+ ' if stages > 1 else ''}{names[stages - 1]}"
 
 
 def network(arch: str, width: int | None) -> str:
