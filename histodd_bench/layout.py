@@ -135,10 +135,13 @@ def _places(table: Table, record: Record, plan: Mapping[str, Asked]) -> list[tup
         return [(row, c.title) for c in table.columns if c.method == method]
     fields = config["set"].get("fields") or {}
     sections = {method: fields, "pool": config["set"].get("pool") or {}, "eval": config["eval"], "data": config["data"]}
+    prepared = {k: config["data"][k] for k in table.varied("data") if k in config["data"]}
     return [
         (c.row.format(**fields) if "{" in c.row else c.row, c.title)
         for c in table.columns
-        if c.method == method and all(_agrees(wanted, sections.get(s, {})) for s, wanted in c.fields.items())
+        if c.method == method
+        and prepared == dict(c.fields.get("data", {}))
+        and all(_agrees(wanted, sections.get(s, {})) for s, wanted in c.fields.items())
     ]
 
 
