@@ -26,9 +26,10 @@ def _methods() -> Rows:
 
 
 def _models() -> Rows:
-    from histodd_bench.models import MODELS
+    from histodd_bench.models import MODELS, PRETRAINED
 
-    return [(name, f"{entry.description}; patches of {entry.min_size} px or more") for name, entry in MODELS.items()]
+    known = {**MODELS, **PRETRAINED}
+    return [(name, f"{entry.description}; patches of {entry.min_size} px or more") for name, entry in known.items()]
 
 
 def _presets() -> Rows:

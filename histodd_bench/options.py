@@ -17,6 +17,8 @@ Distil a large set of H&E patches into a few, and measure it against coresets an
   python -m histodd_bench run table1 --dataset idc --data-root DIR
   python -m histodd_bench run table1 --dataset imagefolder --data-root DIR --ipc 10 --seeds 5
   python -m histodd_bench show table1 --format markdown    what is there; computes nothing
+  python -m histodd_bench run all --out runs/mine          every table and figure; cells they share are computed once
+  python -m histodd_bench report runs/mine                 one self-contained HTML page of it
   python -m histodd_bench list                             tables, data sets, methods, models, presets
   python -m histodd_bench doctor                           versions, devices, compiled operators
 """
@@ -93,7 +95,8 @@ def _shared(parser: Parser, *, table: bool = True) -> None:
     data.add_argument(
         "--dataset", type=_names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
     )
-    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
+    data.add_argument("--data-root", action="append", default=[], metavar="DIR", help="folder of its files, where it needs one; "
+                      "NAME=DIR for each, where several do")  # fmt: skip
     data.add_argument(
         "--image-size", type=_count, metavar="PX", help="patches are resized to this side (default: the preset's)"
     )
@@ -146,7 +149,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         return sub
 
     sub = command("run", "compute a table, or what is missing of it, and print it", RUN_EPILOG)
-    sub.add_argument("table", help="name of the table, e.g. table1")
+    sub.add_argument(
+        "table", help="a table, e.g. table1, several separated by commas, or all; cells they share are computed once"
+    )
     _shared(sub)
 
     sub = command("show", "print a table from the results that are there; computes nothing")
@@ -184,6 +189,20 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("set", type=Path, help="folder of the set")
     _shared(sub, table=False)
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
+
+    sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
+                  "example:\n  report runs/table1\n  report runs/all --follow     while a run writes there\n")  # fmt: skip
+    sub.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of results")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    sub.add_argument("--follow", action="store_true", help="write it again and again until the run in progress ends")
+    sub.add_argument("--every", type=_count, default=10, metavar="SECONDS", help="with --follow: how often (10)")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command("compare", "what differs between two run folders: the configuration, and every cell with an interval")
+    sub.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of results")
+    sub.add_argument("run_b", type=Path, metavar="RUN_B", help="another one; differences are B less A")
+    sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, csv or json")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
