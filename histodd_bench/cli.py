@@ -257,6 +257,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from histodd_bench.profile.command import run_profile
+
+    return run_profile(args, args.threads or _cores())
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "show": _show,
@@ -264,6 +270,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "distill": _make,
     "select": _make,
     "evaluate": _evaluate,
+    "profile": _profile,
     "doctor": _doctor,
 }
 
