@@ -18,7 +18,7 @@ DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float
 DEFAULT_DTYPES = ("uint8", "float32")
 COMPILED, REFERENCE = "compiled", "reference"
 OTHERS = (
-    "compiled, deterministic",
+    "compiled (deterministic)",
     "torch.compile",
     "plain",
     "torch.compile of plain",
@@ -163,7 +163,7 @@ def stain_problems(image: Tensor) -> Iterator[Problem]:
             ]
         if device.type == "cuda" and warp is not None and image.requires_grad:
             backends.insert(
-                1, Backend("compiled, deterministic", _deterministic(stain_augment), limit=backends[0].limit)
+                1, Backend("compiled (deterministic)", _deterministic(stain_augment), limit=backends[0].limit)
             )
         size = _bytes(upstream)
         yield Problem(
