@@ -47,6 +47,7 @@ def measure(request: Request, log: Callable[[str], None]) -> dict[str, Any]:
         "format": FORMAT,
         "command": request.command,
         "environment": describe(device) | {"instruction_set": torch.backends.cpu.get_cpu_capability()},
+        "device_type": device.type,
         "images": "procedural" if request.images is None else "own",
         "copy_bandwidth": copy_bandwidth(device),
         "measurements": [],
