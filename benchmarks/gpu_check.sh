@@ -11,13 +11,14 @@
 # A phase that fails is recorded and the next one starts. --cpu runs what needs no GPU, to try the script itself.
 #
 # Expected on the machine: Python 3.11 or 3.12, torch 2.11 or later with CUDA, torchvision, nvcc, ninja, pytest, pandas,
-# rich. Whatever else is missing comes as wheels from the folder $WHEELS (default: .whl in the repository), installed to a
-# temporary folder, not into the machine's Python. Made where there is a network, for the machine's Python, with
+# rich. Whatever else is missing comes as wheels from the folder $WHEELS (default: .whl in the repository), installed to
+# a temporary folder, not into the machine's Python. Made where there is a network, for the machine's Python, with
 #   pip download -d .whl --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 #     "setuptools>=77" wheel hypothesis sortedcontainers safetensors defusedxml openslide-python openslide-bin \
 #     tifffile imagecodecs scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
-# (leave out what the machine has; other manylinux tags may be needed).
+# (leave out what the machine has; other manylinux tags may be needed). LIMIT=540 is the limit of the whole in seconds;
+# PATIENCE=3 multiplies the limit of every phase, for slow machines.
 set -u -o pipefail
 
 CPU=
@@ -42,7 +43,7 @@ record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$PHASES"; printf '%
 
 # phase NAME SECONDS COMMAND...: run it for at most so long, and never beyond the deadline of the whole.
 phase() {
-  local name=$1 limit=$2 start=$SECONDS left=$((DEADLINE - SECONDS)) code state last; shift 2
+  local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS left=$((DEADLINE - SECONDS)) code state last; shift 2
   if [ "$left" -lt 5 ]; then record "$name" skipped 0 "no time left"; return; fi
   [ "$limit" -gt "$left" ] && limit=$left
   printf '\n==== %s: %s\n' "$name" "$*" >> "$LOG"
