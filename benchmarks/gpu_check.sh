@@ -86,6 +86,7 @@ build() {
 }
 
 sanitizer() {  # memcheck or racecheck
+  set -o pipefail
   local tool=$1 program
   program=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}/compute-sanitizer 2> /dev/null | head -n 1)
   [ -n "$program" ] || { echo "compute-sanitizer is not installed"; return 1; }
