@@ -18,7 +18,7 @@ HEAD = """\
 # Performance
 
 How fast the operators and the distillation step are, beside what else computes the same. Written by
-`python benchmarks/performance_page.py` from the records under `benchmarks/results/`, which the commands below made;
+`python benchmarks/performance_page.py` from the records under `benchmarks/results/`, which `benchmarks/record_results.sh` made;
 nothing here is typed. `python -m histodd_bench profile` measures your machine, `make bench` does with pytest-benchmark.
 
 Times are milliseconds: median (20th to 80th percentile) of repeated calls, backends taking turns. Every backend was
