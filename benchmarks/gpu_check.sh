@@ -107,7 +107,7 @@ for i, patch in enumerate(procedural(240, 64)):
 PATCHES
   local width=128 steps=5; [ -n "$CPU" ] && width=16 steps=1
   "$PYTHON" -m histodd_bench distill histodd --dataset imagefolder --data-root "$WORK/patches" --image-size 64 --preset standard \
-    --distill-arch convnet-d3:$width --ipc 5 --seeds 1 --device $DEVICE --out "$WORK/sets" --set pool.networks=2 \
+    --distill-arch convnet-d3:$width --ipc 5 --seeds 1 --stain on --device $DEVICE --out "$WORK/sets" --set pool.networks=2 \
     --set pool.epochs=2 --set histodd.outer_steps=$steps --set histodd.inner_steps=4 || return
   cp "$(ls "$WORK"/sets/sets/*/card.json | head -n 1)" "$RESULTS/distill.json"
 }
