@@ -28,7 +28,8 @@ stainx`), torch-staintools 1.0.7 (non-commercial licence; its parameter for the 
 percentile, like everyone's). GB/s counts every input and result once; *of copy* is beside a copy of 256 MiB in the same
 run, and can exceed 100 % where data stay in a cache. *memory* is what a call takes on top of its inputs: on a CPU the
 growth of the resident set, tensors and working memory. *beside compiled* is how many times as long as the compiled
-operator.
+operator. On Linux a result beyond 32 MiB is new memory from the system at every call, whose first touch can take
+longer than the arithmetic; that is so for every backend.
 """
 NO_GPU = """\
 **There are no GPU figures.** The CUDA kernels compile for sm_75 to sm_90 and have not been run on a GPU yet;

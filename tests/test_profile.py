@@ -178,7 +178,7 @@ def test_report_names_the_best_peer_and_the_share_of_the_copy() -> None:
     assert title == "o: p" and all(len(line) == len(header) for line in lines)
     assert lines[0] == ["compiled", "1.00 (0.90-1.20)", "", "", "3.0", "50 %", "1.0 MiB", "1.00 x"]
     assert lines[2][4:] == ["0.8", "12 %", "", "4.00 x"] and lines[4][1] == "computes something else"
-    assert notes == ["forward: 2.50 x as fast as the best peer (peer)"]
+    assert notes == ["forward: 2.50 x as fast as the fastest other backend here (peer)"]
     text = report.markdown(RECORD)
     assert "| peer | 2.50 (2.25-3.00) |" in text and text.count("\n|") == 7
 

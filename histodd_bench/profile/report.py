@@ -31,14 +31,14 @@ def best_peer(rows: Sequence[dict[str, Any]], part: str) -> tuple[str, float] | 
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """``forward: 4.1 x as fast as the best peer (torch.compile)``, one per part that can be compared."""
+    """``forward: 4.1 x as fast as the fastest other backend here (torch.compile)``, one per part that can be compared."""
     ours = next((row for row in rows if row["backend"] == COMPILED), {})
     lines = []
     for part in ("forward", "both"):
         mine, peer = seconds_of(ours, part), best_peer(rows, part)
         if mine and peer:
             name = "forward and backward" if part == "both" else part
-            lines.append(f"{name}: {peer[1] / mine:.2f} x as fast as the best peer ({peer[0]})")
+            lines.append(f"{name}: {peer[1] / mine:.2f} x as fast as the fastest other backend here ({peer[0]})")
     return lines
 
 
