@@ -280,6 +280,12 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from histodd_bench.profile.command import run_profile
+
+    return run_profile(args, args.threads or _cores())
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "show": _show,
@@ -289,6 +295,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "report": _report,
     "compare": _compare,
+    "profile": _profile,
     "doctor": _doctor,
 }
 

@@ -37,6 +37,30 @@ ones. 'list' names everything that can follow --dataset, --methods, --archs and 
 """
 
 
+PROFILE_EPILOG = """\
+what can be measured (default: everything):
+  stain_augment      stain affine and channel normalisation, without and with a warp; forward, backward, both
+  macenko_fit        stain vectors and maximum concentrations of every patch
+  normalise          fit + normalise: what the public stain packages do
+  gradient_distance  the L1 distance of gradients shaped like those of ResNet18 and ConvNet-D3
+  step               a distillation step at 64 px, taken apart, compiled and with the references
+
+Every backend is compared with the float64 reference first; what computes something else is reported and not timed.
+Backends: compiled, reference (plain torch, this package's), torch.compile of it, plain (a lean rewrite in torch), loop
+(the distance as public code has it), and the packages torchstain, stainx and torch-staintools where they are installed.
+Bytes are those of every input and result once; bandwidth is beside that of a copy of 256 MiB in the same run, which data
+that stay in a cache can exceed. Times of a busy machine mean nothing: stop other work first.
+
+examples:
+  profile --quick                                     a few minutes on 2 cores
+  profile stain_augment --shapes 64x64,16x256 --dtypes float32 --threads 2
+  profile normalise --backends compiled,torchstain    two of them
+  profile step --trace step.json                      and a trace for chrome://tracing or ui.perfetto.dev
+  profile --device cuda --out gpu.json
+  profile --show gpu.json                             print a record again; measures nothing
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line that names the nearest option or command."""
 
@@ -87,6 +111,26 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError("must name at least one")
     return tuple(dict.fromkeys(names))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for part in text.split(","):
+        n, cross, side = part.strip().partition("x")
+        if not cross:
+            raise argparse.ArgumentTypeError(f"must be like 64x64 (patches x side), got {part.strip()!r}")
+        found.append((_count(n), _count(side)))
+    return tuple(dict.fromkeys(found))
 
 
 def _shared(parser: Parser, *, table: bool = True) -> None:
@@ -202,6 +246,30 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of results")
     sub.add_argument("run_b", type=Path, metavar="RUN_B", help="another one; differences are B less A")
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, csv or json")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command(
+        "profile", "time the operators beside what else computes the same, and a distillation step", PROFILE_EPILOG
+    )
+    sub.add_argument("what", nargs="*", help="what to measure (default: everything), see below")
+    sub.add_argument("--quick", action="store_true", help="64 patches of 64 px and 16 of 256 px only, shorter")
+    sub.add_argument("--shapes", type=_shapes, metavar="NxPX[,...]",
+                     help="patches x side (default: 64x64,256x64,64x224,16x256,256x256)")  # fmt: skip
+    sub.add_argument(
+        "--dtypes", type=_names, metavar="NAME[,...]", help="uint8, float32 (default: both), float16, bfloat16"
+    )
+    sub.add_argument("--backends", type=_names, metavar="NAME[,...]", help="only these (default: all that are there)")
+    sub.add_argument(
+        "--images", type=Path, metavar="DIR", help="take patches from a folder's images (default: procedural)"
+    )
+    sub.add_argument("--seconds", type=_positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
+    sub.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    sub.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: one per core)")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
+    sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")
+    sub.add_argument("--show", type=Path, metavar="FILE", help="print a record that is there and measure nothing")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
