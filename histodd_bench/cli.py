@@ -250,6 +250,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data(args: argparse.Namespace) -> int:
+    from histodd_bench.data_commands import run
+
+    args.workers = getattr(args, "workers", None) or min(_cores(), MOST_WORKERS)
+    return run(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from histodd_bench.doctor import report
 
@@ -264,6 +271,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "distill": _make,
     "select": _make,
     "evaluate": _evaluate,
+    "data": _data,
     "doctor": _doctor,
 }
 

@@ -148,8 +148,8 @@ class Experiment:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Channel statistics and stain template of the training set, for every network."""
-        return describe(self.dataset.train)
+        """Channel statistics and stain template of the training set, for every network; stored with sets made from slides."""
+        return self.dataset.preprocessing or describe(self.dataset.train)
 
     def pool(self) -> ModelPool:
         """The pre-trained networks; trained on first use, cached. A new one counts the seconds behind its networks anew."""

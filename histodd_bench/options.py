@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from histodd_bench import __version__
+from histodd_bench.data_options import add_data_options
 from histodd_bench.errors import UsageError
 
 DESCRIPTION = """\
@@ -184,6 +185,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("set", type=Path, help="folder of the set")
     _shared(sub, table=False)
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
+
+    add_data_options(command("data", "prepare, describe, download or export a data set"))
 
     sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
