@@ -27,7 +27,7 @@ def add_data_options(parser: Any) -> None:
 
     sub = command("prepare", "cut slides into patches (or read patches) once, into a folder for --data-root", _PREPARE)
     sub.add_argument("name", metavar="DATASET", help="e.g. slides, camelyon16, tcga-idh; 'list datasets' names them")
-    sub.add_argument("--root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
+    sub.add_argument("--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
     sub.add_argument(
         "--image-size", type=int, metavar="PX", help="side at which patches are stored (default: the data set's)"
@@ -65,7 +65,7 @@ def add_data_options(parser: Any) -> None:
 
     sub = command("info", "what is known of a data set, beside what is found on disk")
     sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
-    sub.add_argument("--root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote")
+    sub.add_argument("--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote")
     sub.add_argument(
         "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
     )

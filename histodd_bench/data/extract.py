@@ -110,9 +110,11 @@ def extract(
 def _extract_one(item: _Extraction, report: Report) -> None:
     lock = item.target.with_name(item.target.name + ".lock")
     with locked(lock):  # another process may be at the same slide
-        if not _finished(item.target):
-            item.job.extract(item.target, item.tiling, item.image_size, item.classes, report)
-        lock.unlink(missing_ok=True)
+        try:
+            if not _finished(item.target):
+                item.job.extract(item.target, item.tiling, item.image_size, item.classes, report)
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _finished(target: Path) -> bool:

@@ -1,8 +1,9 @@
 """Slides as jobs: each turns one slide (or one slide's image files) into a store of labelled patches, all or nothing.
 
 Which class a patch of an annotated slide belongs to: outlines cover a share of it, counted in 16 x 16 points. From
-``positive`` on (half, by default) it has the class of the outline that covers most of it; up to ``negative`` (nothing at
-all, by default) it has the class of what is outside, where the slide has one; between the two it is left out.
+``positive`` on (half, by default) it has the class of the outline that covers most of it, where a smaller outline goes
+before a larger one around it; up to ``negative`` (nothing at all, by default) it has the class of what is outside, where the
+slide has one; between the two it is left out.
 """
 
 import os
@@ -130,7 +131,8 @@ class SlideJob:
         labels = np.full(len(corners), -1, dtype=np.int64)
         most = np.zeros(len(corners))
         for name, label in self.inside:
-            chosen = [p for p in polygons if not p.inside or name in ("*", p.name)]
+            # Outlines of another class take away from larger ones around them, as cut-outs do.
+            chosen = [Polygon(p.points, p.inside and name in ("*", p.name)) for p in polygons]
             share = coverage(chosen, corners, side, width)
             here = (share >= tiling.positive) & (share > most)
             labels[here], most[here] = label, share[here]

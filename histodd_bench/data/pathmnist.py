@@ -6,6 +6,7 @@ set, its validation set is not used, its test set (another centre's) is the test
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +49,25 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
         labels = {split: _labels(archive, split) for split in ("train", "test")}
 
     def build(folder: Path) -> list[str]:
-        with _opened(path) as archive:
-            for split, values in labels.items():
-                groups = [f"{split} {i}" for i in range(len(values))]
-                with (
-                    progress.task(f"reading {path.name}, {split}", len(values)) as task,
-                    StoreWriter(folder / split, (image_size, image_size), CLASSES) as writer,
-                ):
-                    write_arrays(writer, read_zip_array(archive, f"{split}_images"), values, groups, {}, task)
-                    writer.finish()
+        try:
+            with _opened(path) as archive:
+                for split, values in labels.items():
+                    groups = [f"{split} {i}" for i in range(len(values))]
+                    with (
+                        progress.task(f"reading {path.name}, {split}", len(values)) as task,
+                        StoreWriter(folder / split, (image_size, image_size), CLASSES) as writer,
+                    ):
+                        write_arrays(writer, read_zip_array(archive, f"{split}_images"), values, groups, {}, task)
+                        writer.finish()
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise HistoddError(f"{path} is damaged ({error}): fetch it again") from None
         return [
             "slides are not published: every patch counts as its own slide, and splits within the training set may divide one",
             "the official validation set is not used",
         ]
 
     key = {"adapter": f"pathmnist {_VERSION}", "file": fingerprint([path], root), "size": image_size}
-    try:
-        return cached_dataset(cache, "pathmnist", key, False, build, progress)
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise HistoddError(f"{path} is damaged ({error}): fetch it again") from None
+    return cached_dataset(cache, "pathmnist", key, False, build, progress)
 
 
 def count(root: Path) -> dict[str, list[int]]:
@@ -93,7 +94,7 @@ def _labels(archive: zipfile.ZipFile, split: str) -> np.ndarray:
     try:
         shape, dtype = zip_array(archive, f"{split}_images")
         labels = np.concatenate([*read_zip_array(archive, f"{split}_labels")]).reshape(-1).astype(np.int64)
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise HistoddError(f"{archive.filename} is not PathMNIST's ({error}): fetch it again") from None
     if (
         len(shape) != 4

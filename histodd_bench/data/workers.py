@@ -45,7 +45,10 @@ def run_jobs(
         for index, job in enumerate(jobs):
             yield index, _outcome(work, job, advance)
         return
-    context = multiprocessing.get_context("spawn")  # the parent may run threads of torch and of the progress display
+    # Not forked from here: this process may run threads of torch and of the progress display. The server that workers are
+    # forked from imports everything once, for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
     queue, busy, processes = deque(range(len(jobs))), dict[Connection, int](), dict[Connection, Any]()
 
     def start() -> None:
