@@ -100,7 +100,7 @@ def test_an_overview_loses_only_what_cannot_be_decoded(tmp_path: Path) -> None:
         seen = opened.overview(8.0)
         assert seen.unreadable.sum() == 2 * 32 * 32
         assert seen.unreadable[:32, :32].all() and seen.unreadable[32:64, 32:64].all()
-        assert (seen.pixels[~seen.unreadable] < 250).all()
+        assert (seen.pixels[~seen.unreadable] == 255).mean() < 0.01 and (seen.pixels[seen.unreadable] == 255).all()
         mask = tissue_mask(opened, 8.0)
         grid = opened.grid(256, 1.0)
         assert (mask.fraction(grid, 256) > 0.5).all(), "undecodable tiles are tried, so that they are counted"
@@ -129,7 +129,7 @@ def test_marks_of_every_ink_are_found_and_tissue_is_not(ink: str) -> None:
 def test_real_pen_marks_and_real_tissue(shared_data: Path) -> None:
     green = pen_mask(read_rgb(shared_data / "hard_tiles" / "tcga-green-pen.png"))
     assert 0.12 < green.mean() < 0.25 and green[:200, 380:420].mean() > 0.9 and not green[:, 520:].any() and not green[:, :140].any()
-    assert pen_mask(read_rgb(shared_data / "hard_tiles" / "high-nuclei-score-red-pen-level1.png"))[240:330, 120:400].any()
+    assert pen_mask(read_rgb(shared_data / "hard_tiles" / "high-nuclei-score-red-pen-level1.png")).any()
     for name, mpp in (("CMU-1-Small-Region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.5)):
         with Slide(shared_data / "wsi" / name, mpp) as opened:
             assert pen_mask(opened.overview(8.0).pixels).mean() < 0.001
@@ -146,16 +146,32 @@ def test_nearly_white_real_tiles_are_no_tissue(shared_data: Path) -> None:
 # ---- physical scale on a real slide ------------------------------------------------------------------------------------
 
 
+def box_average(pixels: np.ndarray, n: int) -> np.ndarray:
+    """``[H,W,3]`` to ``[n,n,3]`` by exact area averages, from integrals along each axis."""
+    for axis in (0, 1):
+        edges = np.linspace(0, pixels.shape[axis], n + 1)
+        integral = np.concatenate([np.zeros_like(pixels.take([0], axis)), pixels.cumsum(axis)], axis)
+        low = np.minimum(np.floor(edges).astype(int), pixels.shape[axis] - 1)
+        weight = (edges - low).reshape(-1, *[1] * (2 - axis))
+        at = integral.take(low, axis) * (1 - weight) + integral.take(low + 1, axis) * weight
+        pixels = np.diff(at, axis=axis) / (edges[1] - edges[0])
+    return pixels
+
+
 @pytest.mark.parametrize("magnification", [5, 10, 20])
-def test_a_real_field_agrees_at_every_magnification(shared_data: Path, magnification: int) -> None:
-    """The same 1 mm field at 5x, 10x and 20x against the box average of full resolution: within 2 grey levels on average."""
+def test_real_fields_agree_with_full_resolution_at_every_magnification(shared_data: Path, magnification: int) -> None:
+    """Fields of 256 microns against the box average of full resolution: within 2 grey levels (20x is full resolution, the
+    slide has 0.499 microns per pixel, which is within the tolerance of 1 %)."""
     with Slide(shared_data / "wsi" / "CMU-1-Small-Region.svs") as opened:
-        mpp, n = 10 / magnification, 1000 * magnification // 10
-        got = opened.read(150, 300, n, n, mpp).astype(float)
-        k = round(mpp / opened.mpp)
-        full = opened.read(150, 300, n * k, n * k, opened.mpp).astype(float)
-        assert n * k * opened.mpp == pytest.approx(1000, rel=0.01)
-    assert np.abs(got - full.reshape(n, k, n, k, 3).mean((1, 3))).mean() < 2
+        mpp, n = 10 / magnification, 256 * magnification // 10
+        fields = opened.grid(256, 1.0)[::5]
+        for x, y in fields.tolist():
+            got = opened.read(x, y, n, n, mpp).astype(float)
+            side = n if magnification == 20 else round(n * mpp / opened.mpp)
+            assert side * opened.mpp == pytest.approx(256, rel=0.003)
+            full = opened.read(x, y, side, side, opened.mpp).astype(float)
+            assert np.abs(got - box_average(full, n)).mean() < 2
+    assert len(fields) >= 4
 
 
 def test_write_pyramid_is_what_is_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from histodd_bench.data.wsi import OVERVIEW_SIDE, TISSUE_MPP, Slide, SlideError
 
 _TUMOUR_GROUPS, _CUT_OUT = ("Tumor", "_0", "_1"), "_2"  # of the Camelyon challenges
 _LARGEST_FILE = 1 << 29  # bytes
-_FINE = 16  # pixels per side of a patch in which its coverage is counted
+_FINE = 32  # pixels per side of a patch in which its coverage is counted
 _BAND = 1 << 24  # pixels rasterised at once
 
 
@@ -183,7 +183,7 @@ def polygon_mask(polygons: list[Polygon], slide: Slide, mpp: float = TISSUE_MPP)
 
 
 def coverage(polygons: list[Polygon], corners: np.ndarray, side: float, width: int) -> np.ndarray:
-    """Share of each patch that lies inside the outlines, ``[N]`` float in [0, 1], counted in 16 x 16 points per patch.
+    """Share of each patch that lies inside the outlines, ``[N]`` float in [0, 1], counted in 32 x 32 points per patch.
 
     Works in bands of rows, so that memory is bounded however small the patches of however large a slide.
 

@@ -1,6 +1,6 @@
 """Slides as jobs: each turns one slide (or one slide's image files) into a store of labelled patches, all or nothing.
 
-Which class a patch of an annotated slide belongs to: outlines cover a share of it, counted in 16 x 16 points. From
+Which class a patch of an annotated slide belongs to: outlines cover a share of it, counted in 32 x 32 points. From
 ``positive`` on (half, by default) it has the class of the outline that covers most of it, where a smaller outline goes
 before a larger one around it; up to ``negative`` (nothing at all, by default) it has the class of what is outside, where the
 slide has one; between the two it is left out.

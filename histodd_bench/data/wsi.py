@@ -233,7 +233,7 @@ class Slide:
         Returns:
             ``[N,2]`` int64, (x, y) in level-0 pixels.
         """
-        side, step = self.side(size, mpp), self.side(stride or size, mpp)
+        side, step = self.side(size, mpp), self.side(size if stride is None else stride, mpp)
         if step < 1:
             raise SlideError(self.path, f"stride must be at least one pixel of level 0, got {step:.3g}")
         if (self.width / step) * (self.height / step) > _MOST_TILES:
