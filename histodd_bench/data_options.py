@@ -65,7 +65,9 @@ def add_data_options(parser: Any) -> None:
 
     sub = command("info", "what is known of a data set, beside what is found on disk")
     sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
-    sub.add_argument("--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote")
+    sub.add_argument(
+        "--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote"
+    )
     sub.add_argument(
         "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
     )

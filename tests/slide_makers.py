@@ -62,7 +62,11 @@ def qupath(path: Path, *areas: tuple[str, list[list[tuple[int, int]]]], **proper
             "type": "Feature",
             "id": f"{n:08d}",
             "geometry": {"type": "Polygon", "coordinates": [[*map(list, r), list(r[0])] for r in rings]},
-            "properties": {"objectType": "annotation", "classification": {"name": name, "color": [200, 0, 0]}, **properties},
+            "properties": {
+                "objectType": "annotation",
+                "classification": {"name": name, "color": [200, 0, 0]},
+                **properties,
+            },
         }
         for n, (name, rings) in enumerate(areas)
     ]
@@ -70,7 +74,9 @@ def qupath(path: Path, *areas: tuple[str, list[list[tuple[int, int]]]], **proper
     return path
 
 
-def project(root: Path, *, train: int = 4, test: int = 2, header: str = "slide,label,split,patient,centre", seed: int = 0) -> Path:
+def project(
+    root: Path, *, train: int = 4, test: int = 2, header: str = "slide,label,split,patient,centre", seed: int = 0
+) -> Path:
     """A folder for the dataset ``slides``: two labels in turn, 12 patches of 256 px at 10x each."""
     rows = [header]
     for index in range(train + test):

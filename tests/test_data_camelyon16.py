@@ -23,7 +23,9 @@ SIDE = 512  # level-0 pixels of a patch: 256 px at 2 mpp of slides with 1 mpp
 TUMOUR = (0, 0, SIDE, 2 * SIDE)
 
 
-def miniature(root: Path, *, normals: tuple[int, ...] = (1, 101), tumours: tuple[int, ...] = (1, 10), bucket: bool = False) -> Path:
+def miniature(
+    root: Path, *, normals: tuple[int, ...] = (1, 101), tumours: tuple[int, ...] = (1, 10), bucket: bool = False
+) -> Path:
     """Slides of 3 x 2 patches; tumour in the left column. ``bucket`` is the layout of the open-data bucket."""
     folders = {k: root / (f"training/{k}" if k != "test" else "testing/images") for k in ("normal", "tumor", "test")}
     marks = {"tumor": root / "training/lesion_annotations", "test": root / "testing/lesion_annotations"}
@@ -77,15 +79,27 @@ def test_the_real_tables_give_the_facts(shared_data: Path, tmp_path: Path) -> No
     found = camelyon16.source(tmp_path, 0)
     by_name = {job.slide: job for job in found.jobs if isinstance(job, SlideJob)}
     missing = [n for n in names if n[:-4] not in by_name]
-    known = {row["slide"] for row in read_table(tmp_path / "reference.csv", ("slide",), header=("slide", "class", "type", "size"))}
-    assert set(missing) == {"normal_086.tif", "test_049.tif"} | {n for n in names if n.startswith("test") and n[:-4] not in known}
+    known = {
+        row["slide"]
+        for row in read_table(tmp_path / "reference.csv", ("slide",), header=("slide", "class", "type", "size"))
+    }
+    assert set(missing) == {"normal_086.tif", "test_049.tif"} | {
+        n for n in names if n.startswith("test") and n[:-4] not in known
+    }
     train = [job for job in by_name.values() if job.split == "train"]
-    assert [sum(job.annotation is None for job in train), sum(job.annotation is not None for job in train)] == [159, 111]
+    assert [sum(job.annotation is None for job in train), sum(job.annotation is not None for job in train)] == [
+        159,
+        111,
+    ]
     test = [job for job in by_name.values() if job.split == "test"]
     assert sum(job.annotation is not None for job in test) == 49 and len(test) == len(known & {n[:-4] for n in names})
-    assert {job.slide for job in train if job.annotation is not None and job.outside is None} == camelyon16.PARTLY_ANNOTATED
+    assert {
+        job.slide for job in train if job.annotation is not None and job.outside is None
+    } == camelyon16.PARTLY_ANNOTATED
     assert found.centres == ("Radboud", "Utrecht")
-    centre = {name: found.centres[by_name[name].centre or 0] for name in ("tumor_001", "tumor_004", "tumor_064", "tumor_073")}
+    centre = {
+        name: found.centres[by_name[name].centre or 0] for name in ("tumor_001", "tumor_004", "tumor_064", "tumor_073")
+    }
     assert centre == {"tumor_001": "Radboud", "tumor_004": "Radboud", "tumor_064": "Radboud", "tumor_073": "Utrecht"}
     assert any(note.startswith("normal_086 is left out") for note in found.notes)
 
@@ -99,7 +113,10 @@ def test_a_miniature_from_slides_to_patches(tmp_path: Path, bucket: bool) -> Non
     assert data.train.class_counts() == [6 + 6 + 4, 2 + 2]
     assert data.test.class_counts() == [6 + 4, 2]
     assert set(data.train.group_names) == {"normal_001", "normal_101", "tumor_001", "tumor_010"}
-    centre = {data.train.group_names[g]: data.train.centre_names[c] for g, c in zip(data.train.groups, data.train.centres, strict=True)}
+    centre = {
+        data.train.group_names[g]: data.train.centre_names[c]
+        for g, c in zip(data.train.groups, data.train.centres, strict=True)
+    }
     assert centre == {"normal_001": "Radboud", "normal_101": "Utrecht", "tumor_001": "Radboud", "tumor_010": "Radboud"}
     tumour = data.train.images[data.train.labels == 1].float().mean()
     assert tumour < data.train.images[data.train.labels == 0].float().mean() - 20, "tumour was drawn darker"
@@ -112,7 +129,9 @@ def test_prepared_with_positions_and_scale(tmp_path: Path) -> None:
     patches, columns = store.load(tmp_path / "out" / "train"), store.load_columns(tmp_path / "out" / "train")
     assert patches.image_size == (256, 256) and set(columns["mpp"]) == {2.0} and set(columns["level"]) == {1}
     assert set(columns["x"]) == {0, SIDE, 2 * SIDE}
-    again = load_dataset("camelyon16", root=tmp_path / "out", image_size=256, cache=tmp_path / "c", progress=Progress.silent())
+    again = load_dataset(
+        "camelyon16", root=tmp_path / "out", image_size=256, cache=tmp_path / "c", progress=Progress.silent()
+    )
     assert again.train.fingerprint() == patches.fingerprint()
 
 

@@ -166,14 +166,22 @@ def test_an_unwritable_folder_is_one_line(server: Server, tmp_path: Path) -> Non
         get([Remote("a", f"{server.url}/a", None)], tmp_path / "file")
 
 
-def test_the_command_fetches_camelyon16_by_its_own_checksums(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"images/normal_001.tif": b"slide", "annotations/tumor_001.xml": b"<x/>", "evaluation/reference.csv": b"test_001,Normal"}
+def test_the_command_fetches_camelyon16_by_its_own_checksums(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "images/normal_001.tif": b"slide",
+        "annotations/tumor_001.xml": b"<x/>",
+        "evaluation/reference.csv": b"test_001,Normal",
+    }
     lines = [f"{hashlib.md5(c).hexdigest()}  {n}" for n, c in files.items()]
     lines += [f"{'0' * 32}  masks/tumor_001_mask.tif", f"{'0' * 32}  images/../../../etc/passwd", "# a comment"]
     server.files = {f"/{n}": c for n, c in files.items()} | {"/checksums.md5": "\n".join(lines).encode()}
     monkeypatch.setattr(fetching, "_CAMELYON", server.url)
     assert cli.main(["data", "fetch", "camelyon16", "--out", str(tmp_path / "c")]) == 0
-    assert {str(p.relative_to(tmp_path / "c")): p.read_bytes() for p in (tmp_path / "c").rglob("*") if p.is_file()} == files
+    assert {
+        str(p.relative_to(tmp_path / "c")): p.read_bytes() for p in (tmp_path / "c").rglob("*") if p.is_file()
+    } == files
 
 
 def test_what_is_not_open_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,9 @@ def write_pcam(root: Path, counts: dict[str, int] | None = None, *, meta: bool =
     images = {}
     for seed, (split, n) in enumerate((counts or {"train": 1100, "valid": 4, "test": 30}).items()):
         rng = np.random.default_rng(seed)
-        x = rng.integers(0, 256, (n, 1, 1, 3), dtype=np.uint8) // 2 + rng.integers(0, 100, (n, 96, 96, 3), dtype=np.uint8)
+        x = rng.integers(0, 256, (n, 1, 1, 3), dtype=np.uint8) // 2 + rng.integers(
+            0, 100, (n, 96, 96, 3), dtype=np.uint8
+        )
         y = (np.arange(n) % 2).astype(np.uint8).reshape(n, 1, 1, 1)
         images[split] = x
         for what, name, values in (("x.h5", "x", x), ("y.h5", "y", y)):
@@ -37,8 +39,12 @@ def write_pcam(root: Path, counts: dict[str, int] | None = None, *, meta: bool =
                 file.create_dataset(name, data=values, chunks=(1, *values.shape[1:]))
         if meta:
             with open(root / pcam.name(split, "meta.csv"), "w", newline="") as file:
-                rows = [[i, 10 * i, 20 * i, bool(i % 2), bool(i % 2), f"camelyon16_{split}_{i % 5:03d}"] for i in range(n)]
-                csv.writer(file).writerows([["", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi"], *rows])
+                rows = [
+                    [i, 10 * i, 20 * i, bool(i % 2), bool(i % 2), f"camelyon16_{split}_{i % 5:03d}"] for i in range(n)
+                ]
+                csv.writer(file).writerows(
+                    [["", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi"], *rows]
+                )
     return images
 
 
@@ -74,7 +80,12 @@ def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFi
     write_pcam(tmp_path / "p", {"train": 6, "test": 4})
     assert cli.main(["data", "info", "pcam", "--root", str(tmp_path / "p")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["patches", "6", "4"]
-    assert cli.main(["data", "prepare", "pcam", "--root", str(tmp_path / "p"), "--out", str(tmp_path / "o"), "--workers", "1"]) == 0
+    assert (
+        cli.main(
+            ["data", "prepare", "pcam", "--root", str(tmp_path / "p"), "--out", str(tmp_path / "o"), "--workers", "1"]
+        )
+        == 0
+    )
     assert load("pcam", tmp_path / "o", 96, tmp_path / "c").train.fingerprint() == load("pcam", tmp_path / "p", 96, tmp_path / "c").train.fingerprint()  # fmt: skip
 
 
@@ -82,13 +93,25 @@ def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFi
     ("damage", "message"),
     [
         (lambda r: (r / pcam.name("train", "x.h5")).unlink(), "'data fetch pcam"),
-        (lambda r: (r / pcam.name("test", "x.h5")).rename(r / (pcam.name("test", "x.h5") + ".gz")), "unpack it with gunzip"),
+        (
+            lambda r: (r / pcam.name("test", "x.h5")).rename(r / (pcam.name("test", "x.h5") + ".gz")),
+            "unpack it with gunzip",
+        ),
         (lambda r: (r / pcam.name("train", "y.h5")).write_bytes(b"junk"), "y.h5 is damaged or not PatchCamelyon's"),
         (lambda r: (r / pcam.name("train", "x.h5")).write_bytes(b"junk"), "x.h5 is damaged or not PatchCamelyon's"),
-        (lambda r: (r / pcam.name("train", "meta.csv")).write_text("wsi,coord_x,coord_y\na,1,2\n"), "has 1 lines for 6 patches"),
+        (
+            lambda r: (r / pcam.name("train", "meta.csv")).write_text("wsi,coord_x,coord_y\na,1,2\n"),
+            "has 1 lines for 6 patches",
+        ),
         (lambda r: _rewrite(r / pcam.name("train", "y.h5"), "y", np.full((6, 1, 1, 1), 7)), "labels must be 0 or 1"),
-        (lambda r: _rewrite(r / pcam.name("train", "x.h5"), "x", np.zeros((5, 96, 96, 3), np.uint8)), "5 images for 6 labels"),
-        (lambda r: _rewrite(r / pcam.name("train", "x.h5"), "x", np.zeros((6, 96, 96), np.uint8)), "not PatchCamelyon's"),
+        (
+            lambda r: _rewrite(r / pcam.name("train", "x.h5"), "x", np.zeros((5, 96, 96, 3), np.uint8)),
+            "5 images for 6 labels",
+        ),
+        (
+            lambda r: _rewrite(r / pcam.name("train", "x.h5"), "x", np.zeros((6, 96, 96), np.uint8)),
+            "not PatchCamelyon's",
+        ),
     ],
 )
 def test_damaged_pcam_is_named(tmp_path: Path, damage, message: str) -> None:

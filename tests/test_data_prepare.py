@@ -141,7 +141,9 @@ def test_a_killed_extraction_goes_on(root: Path, whole: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(big), "--out", str(out),
                "--image-size", "64", "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(command, env=environment(tmp_path / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment(tmp_path / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(out.glob("slides/*/meta.json")):
         time.sleep(0.002)
@@ -187,9 +189,15 @@ def test_a_template_of_other_patches_is_not_used(whole: Path, tmp_path: Path) ->
     shutil.copytree(whole, tmp_path / "copy")
     kept = json.loads((tmp_path / "copy" / "template.json").read_text())
     (tmp_path / "copy" / "template.json").write_text(json.dumps({**kept, "train": "0" * 64}))
-    assert load_dataset("slides", root=tmp_path / "copy", image_size=64, cache=tmp_path, progress=silent()).preprocessing is None
+    assert (
+        load_dataset("slides", root=tmp_path / "copy", image_size=64, cache=tmp_path, progress=silent()).preprocessing
+        is None
+    )
     (tmp_path / "copy" / "template.json").write_text("{")
-    assert load_dataset("slides", root=tmp_path / "copy", image_size=64, cache=tmp_path, progress=silent()).preprocessing is None
+    assert (
+        load_dataset("slides", root=tmp_path / "copy", image_size=64, cache=tmp_path, progress=silent()).preprocessing
+        is None
+    )
 
 
 def test_a_prepared_set_opens_at_any_size_and_under_its_own_name_only(whole: Path, tmp_path: Path) -> None:
@@ -205,7 +213,9 @@ def test_a_prepared_set_opens_at_any_size_and_under_its_own_name_only(whole: Pat
         load_dataset("camelyon16", root=whole, image_size=64, cache=tmp_path, progress=silent())
 
 
-def test_dry_run_counts_what_extraction_gives(root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_counts_what_extraction_gives(
+    root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counts, failed = estimate(slides.source(root, 0), SMALL, progress=silent())
     assert not failed and {name: sum(values) for name, values in counts.items()} == {f"s{i}.tif": 12 for i in range(6)}
     out = tmp_path / "none"
@@ -224,12 +234,18 @@ def test_the_command_reports_and_info_describes(root: Path, tmp_path: Path, caps
     assert "part 2/2 is done" in capsys.readouterr().out
     assert cli.main([*arguments, "--magnification", "10", "--size", "128", "--stride", "256"]) == 0
     text = capsys.readouterr().out
-    assert "3 slides read in" in text and "patches/s" in text and "ready: run table1 --dataset slides --data-root" in text
+    assert (
+        "3 slides read in" in text and "patches/s" in text and "ready: run table1 --dataset slides --data-root" in text
+    )
     assert cli.main(["data", "info", "slides", "--root", str(tmp_path / "o")]) == 0
     text = capsys.readouterr().out
     assert "patches of malignant" in text and "stain template: training patch" in text
     assert cli.main(["data", "info", "slides", "--root", str(root)]) == 0
-    rows = dict(line.strip().rsplit(None, 2)[:2] for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith((" 2", " 1")))
+    rows = dict(
+        line.strip().rsplit(None, 2)[:2]
+        for line in capsys.readouterr().out.splitlines()
+        if line.rstrip().endswith((" 2", " 1"))
+    )
     assert rows["slides"] == "4" and rows["slides with benign"] == "2" and rows["slides of A"] == "2"
 
 
@@ -250,7 +266,9 @@ def test_the_command_reports_and_info_describes(root: Path, tmp_path: Path, caps
         (["--image-size", "-3"], "--image-size must be"),
     ],
 )
-def test_wrong_options_are_one_line(root: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_one_line(
+    root: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["data", "prepare", "slides", "--root", str(root), "--out", str(tmp_path / "o"), *options]) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and not (tmp_path / "o").exists()
@@ -270,10 +288,22 @@ def test_names_and_roots_are_checked(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not a prepared data set" in capsys.readouterr().err
 
 
-def test_a_dataset_of_files_is_prepared_too(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_of_files_is_prepared_too(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for patient in sorted(os.listdir(shared_data / "idc"))[:6]:
         shutil.copytree(shared_data / "idc" / patient, tmp_path / "idc" / patient)
-    arguments = ["data", "prepare", "idc", "--root", str(tmp_path / "idc"), "--out", str(tmp_path / "o"), "--workers", "1"]
+    arguments = [
+        "data",
+        "prepare",
+        "idc",
+        "--root",
+        str(tmp_path / "idc"),
+        "--out",
+        str(tmp_path / "o"),
+        "--workers",
+        "1",
+    ]
     assert cli.main(arguments) == 0
     direct = load_dataset("idc", root=tmp_path / "idc", image_size=50, cache=tmp_path / "c", progress=silent())
     data = load_dataset("idc", root=tmp_path / "o", image_size=50, cache=tmp_path / "c", progress=silent())
@@ -295,10 +325,14 @@ def test_exported_images_make_the_same_patch_sets(whole: Path, tmp_path: Path) -
     assert len(rows) == 72 and {row["centre"] for row in rows} == {"A", "B"}
     first = Image.open(tmp_path / "png" / rows[0]["path"])
     assert np.array_equal(np.asarray(first).transpose(2, 0, 1), store.load(whole / "train").images[0])
-    assert cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 2, "exists"
+    assert cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 2, (
+        "exists"
+    )
 
 
-def test_training_from_slides_gives_the_same_table_as_from_their_patches(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_training_from_slides_gives_the_same_table_as_from_their_patches(
+    root: Path, whole: Path, tmp_path: Path
+) -> None:
     cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")])
     scores = []
     options = [o if o != "16" else "64" for o in OPTIONS]
@@ -309,7 +343,9 @@ def test_training_from_slides_gives_the_same_table_as_from_their_patches(root: P
         assert done.returncode == 0, done.stderr
         records = [json.loads(p.read_text()) for p in sorted((out / "records").glob("*.json"))]
         timeless = [{k: v for k, v in r["metrics"].items() if not k.endswith("seconds")} for r in records]
-        scores.append({r["method"]: (m, r["predictions"]["probabilities"]) for r, m in zip(records, timeless, strict=True)})
+        scores.append(
+            {r["method"]: (m, r["predictions"]["probabilities"]) for r, m in zip(records, timeless, strict=True)}
+        )
     assert set(scores[0]) == {"random", "histodd", "full"}
     assert scores[0] == scores[1] == scores[2]
 
@@ -327,7 +363,9 @@ def test_coordinates_go_out_to_clam_and_come_back(root: Path, whole: Path, tmp_p
         with Slide(root / "s0.tif") as opened:
             seen = opened._handle.read_region(tuple(map(int, coords[5])), 0, (256, 256)).convert("RGB")
         columns = store.load_columns(whole / "train")
-        rows = np.flatnonzero((columns["slides"] == 0) & (columns["x"] == coords[5][0]) & (columns["y"] == coords[5][1]))
+        rows = np.flatnonzero(
+            (columns["slides"] == 0) & (columns["x"] == coords[5][0]) & (columns["y"] == coords[5][1])
+        )
     patch = store.load(whole / "train").images[rows[0]].permute(1, 2, 0).numpy().astype(float)
     assert np.abs(np.asarray(seen).reshape(64, 4, 64, 4, 3).mean((1, 3)) - patch).mean() < 1
     back = Tiling(size=256, mpp=1.0, coordinates=str(tmp_path / "h5"))
@@ -358,4 +396,9 @@ def test_foreign_coordinates_are_refused_with_the_reason(root: Path, whole: Path
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", ".hidden", "", "x" * 300, "ä ö", "..", "-rf"])
 def test_safe_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     safe = safe_name(name)
-    assert safe and (tmp_path / safe).resolve().parent == tmp_path.resolve() and len(safe) <= 80 and not safe.startswith((".", "-"))
+    assert (
+        safe
+        and (tmp_path / safe).resolve().parent == tmp_path.resolve()
+        and len(safe) <= 80
+        and not safe.startswith((".", "-"))
+    )

@@ -112,7 +112,12 @@ def test_tissue_decides_what_becomes_a_patch(tmp_path: Path) -> None:
 
 def test_scales_come_from_the_table_for_files_without_one(shared_data: Path, tmp_path: Path) -> None:
     wsi = shared_data / "wsi"
-    table(tmp_path, "slide,label,split,mpp", f"{wsi}/CMU-1-Small-Region.svs,a,train,", f"{wsi}/tcga-cr-7395-01a-01-ts1.svs,b,train,0.5")
+    table(
+        tmp_path,
+        "slide,label,split,mpp",
+        f"{wsi}/CMU-1-Small-Region.svs,a,train,",
+        f"{wsi}/tcga-cr-7395-01a-01-ts1.svs,b,train,0.5",
+    )
     outcome = prepare(slides.source(tmp_path, 0), Tiling(224, 1.0), 56, tmp_path / "o", progress=Progress.silent())
     assert not outcome.failed
     columns = store.load_columns(tmp_path / "o" / "train")
@@ -130,7 +135,11 @@ def test_scales_come_from_the_table_for_files_without_one(shared_data: Path, tmp
 
 def test_real_rejected_files_are_named_and_the_rest_goes_on(shared_data: Path, tmp_path: Path) -> None:
     wsi = shared_data / "wsi"
-    rows = [f"{wsi}/rejected/kidney-48-5.tif,a,train,", f"{wsi}/rejected/smalltif.tif,b,train,", f"{wsi}/small_HE_levels.tiff,a,train,"]
+    rows = [
+        f"{wsi}/rejected/kidney-48-5.tif,a,train,",
+        f"{wsi}/rejected/smalltif.tif,b,train,",
+        f"{wsi}/small_HE_levels.tiff,a,train,",
+    ]
     rows += [f"{wsi}/CMU-1-Small-Region.svs,a,train,", f"{wsi}/tcga-cr-7395-01a-01-ts1.svs,b,train,0.5"]
     table(tmp_path, "slide,label,split,mpp", *rows)
     outcome = prepare(slides.source(tmp_path, 0), Tiling(256, 1.0), 32, tmp_path / "o", progress=Progress.silent())
@@ -170,10 +179,16 @@ def test_a_slide_that_is_not_there_and_one_listed_twice_are_said(tmp_path: Path)
         (["slide,label", "s0.tif,x"], "one class only"),
         (["slide,label", "s0.tif,", "s1.tif,x"], "line 2: s0.tif has neither label nor annotation"),
         (["slide,label", ",x"], "line 2: no slide is named"),
-        (["slide,label", "s0.tif,x", "s1.tif,y", "s0.tif,y"], "line 4: s0.tif is listed again with another label than on line 2"),
+        (
+            ["slide,label", "s0.tif,x", "s1.tif,y", "s0.tif,y"],
+            "line 4: s0.tif is listed again with another label than on line 2",
+        ),
         (["slide,label,split", "s0.tif,x,train", "s1.tif,y,valid"], "line 3: split must be train or test, got 'valid'"),
         (["slide,label,split", "s0.tif,x,train", "s1.tif,y,"], "line 3: split must be train or test"),
-        (["slide,label,split,patient", "s0.tif,x,train,p", "s1.tif,y,test,p"], "patient p has slides in train and in test"),
+        (
+            ["slide,label,split,patient", "s0.tif,x,train,p", "s1.tif,y,test,p"],
+            "patient p has slides in train and in test",
+        ),
         (["slide,label,patient", "s0.tif,x,p", "s1.tif,y,p"], "one patient only"),
         (["slide,label,mpp", "s0.tif,x,352.9", "s1.tif,y,"], "line 2: mpp must be microns per pixel"),
         (["slide,label,mpp", "s0.tif,x,wide", "s1.tif,y,"], "line 2: mpp must be microns per pixel"),

@@ -65,7 +65,9 @@ def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["dg", "pt"])
 def test_the_official_splits_give_the_paper_s_patches(real: Path, kind: str) -> None:
     found = unitopatho.source(kind)(real.parent, 0)
-    counts = {s: sum(len(j.files) for j in found.jobs if isinstance(j, FilesJob) and j.split == s) for s in ("train", "test")}
+    counts = {
+        s: sum(len(j.files) for j in found.jobs if isinstance(j, FilesJob) and j.split == s) for s in ("train", "test")
+    }
     slides = Counter(job.split for job in found.jobs)
     printed = SUPPLEMENTARY_TABLE1[f"unitopatho-{kind}"]
     assert (counts["train"], counts["test"]) == printed[:2]
@@ -78,7 +80,9 @@ def test_the_official_splits_give_the_paper_s_patches(real: Path, kind: str) -> 
 def test_slides_per_class_are_the_paper_s(real: Path) -> None:
     found = unitopatho.source("pt")(real, 0)
     per_class = {
-        split: Counter(unitopatho.TYPES[j.files[0][1]] for j in found.jobs if isinstance(j, FilesJob) and j.split == split)
+        split: Counter(
+            unitopatho.TYPES[j.files[0][1]] for j in found.jobs if isinstance(j, FilesJob) and j.split == split
+        )
         for split in ("train", "test")
     }
     # Paper 4.1; it has 16 training slides of TA.HG, 17 are distributed.
@@ -100,9 +104,13 @@ def miniature(root: Path, *, sides: dict[str, int] | None = None) -> Path:
                 name = f"{wsi}_ROI__mpp0.44_reg000_crop_sk00000_({100 * index},{index},{side},{side}).png"
                 (root / scale / label).mkdir(parents=True, exist_ok=True)
                 rng = np.random.default_rng(index)
-                pixels = np.clip((190 - 12 * index, 120, 170) + rng.normal(0, 25, (side, side, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip((190 - 12 * index, 120, 170) + rng.normal(0, 25, (side, side, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(pixels).save(root / scale / label / name)
-                rows.append([name, label, index, label[:2], 0, label[-2:], 0, wsi, 0, 0.4415, 100 * index, index, side, side])
+                rows.append(
+                    [name, label, index, label[:2], 0, label[-2:], 0, wsi, 0, 0.4415, 100 * index, index, side, side]
+                )
             with open(root / scale / f"{split}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *rows])
     return root
@@ -111,9 +119,13 @@ def miniature(root: Path, *, sides: dict[str, int] | None = None) -> Path:
 @pytest.mark.parametrize(("kind", "counts"), [("pt", [2] * 6), ("dg", [4, 4])])
 def test_a_miniature_from_files_to_patches(tmp_path: Path, kind: str, counts: list[int]) -> None:
     root = miniature(tmp_path / "u")
-    data = load_dataset(f"unitopatho-{kind}", root=root, image_size=20, cache=tmp_path / "c", progress=Progress.silent())
+    data = load_dataset(
+        f"unitopatho-{kind}", root=root, image_size=20, cache=tmp_path / "c", progress=Progress.silent()
+    )
     assert data.train.class_counts() == counts == data.test.class_counts()
-    assert not {data.train.group_names[g] for g in data.train.groups} & {data.test.group_names[g] for g in data.test.groups}
+    assert not {data.train.group_names[g] for g in data.train.groups} & {
+        data.test.group_names[g] for g in data.test.groups
+    }
     if kind == "pt":
         full = np.asarray(Image.open(next((root / "800" / "HP").glob("train-0*.png")))).astype(float)
         expected = full.reshape(20, 3, 20, 3, 3).mean((1, 3)).transpose(2, 0, 1)

@@ -25,14 +25,24 @@ def feature(kind: str, coordinates: object, **properties: object) -> dict[str, o
 
 
 def test_what_qupath_exports(tmp_path: Path) -> None:
-    path = qupath(tmp_path / "a.geojson", ("Tumor", [corners((0, 0, 100, 100)), corners((20, 20, 40, 40))]), ("Ignore*", [corners((50, 50, 60, 60))]))
+    path = qupath(
+        tmp_path / "a.geojson",
+        ("Tumor", [corners((0, 0, 100, 100)), corners((20, 20, 40, 40))]),
+        ("Ignore*", [corners((50, 50, 60, 60))]),
+    )
     got = read_annotation(path)
-    assert [(p.name, p.inside, len(p.points)) for p in got] == [("Tumor", True, 4), ("Tumor", False, 4), ("Ignore*", False, 4)]
+    assert [(p.name, p.inside, len(p.points)) for p in got] == [
+        ("Tumor", True, 4),
+        ("Tumor", False, 4),
+        ("Ignore*", False, 4),
+    ]
 
 
 @pytest.mark.parametrize("wrap", [lambda f: {"type": "FeatureCollection", "features": [f]}, lambda f: [f], lambda f: f])
 def test_collections_lists_and_single_features(tmp_path: Path, wrap) -> None:
-    (polygon,) = read_geojson(write(tmp_path / "a.geojson", wrap(feature("Polygon", [SQUARE], classification="Tumour"))))
+    (polygon,) = read_geojson(
+        write(tmp_path / "a.geojson", wrap(feature("Polygon", [SQUARE], classification="Tumour")))
+    )
     assert polygon.name == "Tumour" and polygon.points.tolist() == SQUARE[:-1]
 
 
@@ -43,7 +53,10 @@ def test_many_parts_and_what_has_no_area(tmp_path: Path) -> None:
         feature("Point", [1, 2]),
         feature("MultiPoint", [[1, 2]]),
         feature("Polygon", [SQUARE], objectType="detection"),
-        {"geometry": {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [SQUARE]}]}, "properties": None},
+        {
+            "geometry": {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [SQUARE]}]},
+            "properties": None,
+        },
     ]
     got = read_geojson(write(tmp_path / "a.json", parts))
     assert [p.name for p in got] == ["T", "T", ""] and got[1].points[0].tolist() == [500, 0]

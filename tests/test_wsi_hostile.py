@@ -128,7 +128,12 @@ def test_marks_of_every_ink_are_found_and_tissue_is_not(ink: str) -> None:
 
 def test_real_pen_marks_and_real_tissue(shared_data: Path) -> None:
     green = pen_mask(read_rgb(shared_data / "hard_tiles" / "tcga-green-pen.png"))
-    assert 0.12 < green.mean() < 0.25 and green[:200, 380:420].mean() > 0.9 and not green[:, 520:].any() and not green[:, :140].any()
+    assert (
+        0.12 < green.mean() < 0.25
+        and green[:200, 380:420].mean() > 0.9
+        and not green[:, 520:].any()
+        and not green[:, :140].any()
+    )
     assert pen_mask(read_rgb(shared_data / "hard_tiles" / "high-nuclei-score-red-pen-level1.png")).any()
     for name, mpp in (("CMU-1-Small-Region.svs", None), ("tcga-cr-7395-01a-01-ts1.svs", 0.5)):
         with Slide(shared_data / "wsi" / name, mpp) as opened:
