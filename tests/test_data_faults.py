@@ -21,8 +21,8 @@ from histodd_bench.data import extract, load_dataset, slides, store
 from histodd_bench.data.images import UnreadableImage, read_rgb
 from histodd_bench.data.jobs import Tiling
 from histodd_bench.data.prepared import prepare
-from histodd_bench.data.wsi import SlideError
 from histodd_bench.data.workers import Failed, run_jobs
+from histodd_bench.data.wsi import SlideError
 from histodd_bench.errors import HistoddError
 from histodd_bench.progress import Progress
 
@@ -152,7 +152,7 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
         "../../elsewhere/s0.tif,../../../evil,train,../p0,../c\n"
         f"{outside}/s1.tif,/etc/passwd,train,/p1,..\n"
     )
-    before = {p for p in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     prepared(root, tmp_path / "a" / "out")
     assert (
         cli.main(
@@ -160,7 +160,7 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
         )
         == 0
     )
-    new = {p for p in tmp_path.rglob("*")} - before
+    new = set(tmp_path.rglob("*")) - before
     assert all(p.is_relative_to(tmp_path / "a" / "out") or p.is_relative_to(tmp_path / "a" / "png") for p in new)
     assert sorted(p.name for p in (tmp_path / "a" / "png" / "train").iterdir()) == ["_.._.._evil", "_etc_passwd"]
     assert store.load(tmp_path / "a" / "out" / "train").classes == ("../../../evil", "/etc/passwd")

@@ -86,7 +86,8 @@ def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFi
         )
         == 0
     )
-    assert load("pcam", tmp_path / "o", 96, tmp_path / "c").train.fingerprint() == load("pcam", tmp_path / "p", 96, tmp_path / "c").train.fingerprint()  # fmt: skip
+    direct, again = (load("pcam", tmp_path / name, 96, tmp_path / "c").train for name in ("p", "o"))
+    assert again.fingerprint() == direct.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from slide_makers import project, slide
+from slide_makers import project
 from tiny_project import OPTIONS, environment, program
 
 from histodd_bench import cli

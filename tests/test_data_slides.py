@@ -13,13 +13,15 @@ from histodd_bench.data.wsi import Slide
 from histodd_bench.errors import HistoddError
 from histodd_bench.progress import Progress
 
+TILING = Tiling(256, 1.0)
+
 
 def table(root: Path, *rows: str) -> Path:
     (root / "slides.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
-def by_place(root: Path, out: Path, tiling: Tiling = Tiling(256, 1.0)) -> dict[tuple[int, int], str]:
+def by_place(root: Path, out: Path, tiling: Tiling = TILING) -> dict[tuple[int, int], str]:
     """Class of every training patch by column and row of the grid."""
     prepare(slides.source(root, 0), tiling, 16, out, progress=Progress.silent())
     columns, patches = store.load_columns(out / "train"), store.load(out / "train")
@@ -70,7 +72,8 @@ def test_without_outside_only_outlines_count(annotated: Path, tmp_path: Path) ->
 
 def test_classes_come_from_qupath_where_there_is_no_label(annotated: Path, tmp_path: Path) -> None:
     ring, lumen = corners((0, 0, 512, 512)), corners((0, 0, 256, 256))
-    qupath(annotated / "a.geojson", ("Tumour", [ring, lumen]), ("Stroma", [corners((512, 0, 1024, 768))]), ("Ignore*", [corners((768, 0, 1024, 256))]))  # fmt: skip
+    ignored, stroma = corners((768, 0, 1024, 256)), corners((512, 0, 1024, 768))
+    qupath(annotated / "a.geojson", ("Tumour", [ring, lumen]), ("Stroma", [stroma]), ("Ignore*", [ignored]))
     table(annotated, "slide,annotation,split", "a.tif,a.geojson,train")
     got = by_place(annotated, tmp_path / "out")
     assert {p for p, n in got.items() if n == "Tumour"} == {(1, 0), (0, 1), (1, 1)}

@@ -16,7 +16,10 @@ from histodd_bench.errors import HistoddError
 from histodd_bench.progress import Progress
 
 COLUMNS = "image_id,top_label_name,top_label,type_name,type,grade_name,grade,wsi,roi,mpp,x,y,w,h".split(",")
-_LOCATION = re.compile(r"(?P<label>[^/]+)/(?P<file>(?P<wsi>.+)_ROI__mpp(?P<mpp>[\d.]+)_reg(?P<roi>\d+)_crop_sk\d+_\((?P<x>\d+),(?P<y>\d+),(?P<w>\d+),(?P<h>\d+)\)\.png)")  # fmt: skip
+_LOCATION = re.compile(
+    r"[^/]+/(?P<file>(?P<wsi>.+)_ROI__mpp(?P<mpp>[\d.]+)_reg(?P<roi>\d+)_crop_sk\d+_"
+    r"\((?P<x>\d+),(?P<y>\d+),(?P<w>\d+),(?P<h>\d+)\)\.png)"
+)
 
 
 def official(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[int]]]:

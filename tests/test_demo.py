@@ -13,7 +13,7 @@ import openslide
 import pytest
 import torch
 
-from histodd_bench.data import annotations, demo, wsi
+from histodd_bench.data import annotations, demo
 from histodd_bench.data.demo import DemoParams
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.progress import Progress
