@@ -1,4 +1,4 @@
-"""``data prepare``, ``info``, ``fetch`` and ``export``: data sets from files on disk to something that trains."""
+"""``data prepare``, ``info``, ``fetch``, ``stains`` and ``export``: data sets from files on disk to something that trains."""
 
 import argparse
 import shutil
@@ -14,11 +14,23 @@ _EXPORTS = ("clam", "imagefolder")
 
 def run(args: argparse.Namespace) -> int:
     """Run one of the sub-commands; returns the exit code."""
+    if args.data_command == "prepare" and args.workers > 1:
+        _start_workers()
     from histodd_bench.data import DATASETS
 
     if args.data_command != "export" and args.name not in DATASETS:
         raise unknown_name("dataset", args.name, DATASETS)
-    return {"prepare": _prepare, "info": _info, "fetch": _fetch, "export": _export}[args.data_command](args)
+    commands = {"prepare": _prepare, "info": _info, "fetch": _fetch, "stains": _stains, "export": _export}
+    return commands[args.data_command](args)
+
+
+def _start_workers() -> None:
+    """Start the process that workers are forked from now: it imports what they need while this one does the same."""
+    import multiprocessing
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["histodd_bench.data.extract"])
+    forkserver.ensure_running()
 
 
 def _root(args: argparse.Namespace) -> Path | None:
@@ -261,6 +273,48 @@ def _prepared_lines(folder: Path) -> list[str]:
         of = f" of {kept['slide']}, at ({kept['x']}, {kept['y']})" if "slide" in kept else ""
         lines.append(f"  stain template: training patch {kept['index']}{of}")
     return lines + [f"  note: {note}" for note in described.get("notes", [])]
+
+
+# ---- stains ----------------------------------------------------------------------------------------------------------
+
+
+def _stains(args: argparse.Namespace) -> int:
+    from histodd_bench.cli import cache_folder
+    from histodd_bench.data import load_dataset, store
+    from histodd_bench.data.prepared import is_prepared
+    from histodd_bench.data.stain_report import PATCHES, spread, stain_rows, write_report
+    from histodd_bench.progress import Progress
+
+    root = _root(args)
+    size = args.image_size
+    if size is None:
+        stored = root is not None and is_prepared(root)
+        size = store.load(Path(str(root)) / "train").image_size[0] if stored else _NATIVE.get(args.name, 256)
+    with Progress() as progress:
+        dataset = load_dataset(
+            args.name, root=root, image_size=size, seed=args.split_seed, cache=cache_folder() / "data",
+            workers=args.workers, progress=progress,
+        )  # fmt: skip
+        rows = stain_rows(dataset, progress)
+    write_report(rows, args.out)
+    centres = sorted({row.centre for row in rows})
+    print(
+        f"{len(rows)} slides, up to {PATCHES} patches each; mean angle to the mean stain, and variation of its amount"
+    )
+    width = max(len("centre"), len("all slides"), *map(len, centres))
+    print(f"  {'':<{width}}  {'haematoxylin':>24}  {'eosin':>24}")
+    for title, part in [("all slides", rows), *((c, [r for r in rows if r.centre == c]) for c in centres if c)]:
+        for after in (False, True):
+            h, e, h_varied, e_varied = spread(part, after)
+            when = "after" if after else "before"
+            print(
+                f"  {title:<{width}}  {h:>9.2f} deg {h_varied:>8.1%}  {e:>9.2f} deg {e_varied:>8.1%}  {when} normalisation"
+            )
+    failed = [row for row in rows if row.before.stain is None]
+    if failed:
+        print(f"  {len(failed)} slides could not be fitted, e.g. {failed[0].slide}: {failed[0].before.status}")
+    print(f"{args.out}: stains.csv, stains.png")
+    return 0
 
 
 # ---- fetch and export ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options of ``data prepare``, ``info``, ``fetch`` and ``export``."""
+"""Options of ``data prepare``, ``info``, ``fetch``, ``stains`` and ``export``."""
 
 import argparse
 from pathlib import Path
@@ -75,6 +75,18 @@ def add_data_options(parser: Any) -> None:
     sub = command("fetch", "download a data set that is openly available, or say where to get it")
     sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder to download into")
+
+    sub = command("stains", "how differently slides are stained, before and after normalisation: a table and a picture")
+    sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
+    sub.add_argument(
+        "--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote"
+    )
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for stains.csv and stains.png")
+    sub.add_argument("--image-size", type=int, metavar="PX", help="side of the patches (default: as prepared, or 256)")
+    sub.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
+    )
+    sub.add_argument("--workers", type=int, metavar="N", help="processes that read files (default: one per core)")
 
     sub = command("export", "write a prepared data set as PNG folders or as coordinates for CLAM")
     sub.add_argument("root", type=Path, metavar="PREPARED", help="folder that 'prepare' wrote")

@@ -12,7 +12,7 @@ from slide_makers import draw, slide
 from tiny_project import environment
 
 from histodd_bench.data import wsi
-from histodd_bench.data.images import read_rgb
+from histodd_bench.data.images import read_rgb, resize
 from histodd_bench.data.pyramid import write_pyramid
 from histodd_bench.data.tissue import pen_mask, tissue_mask, tissue_pixels
 from histodd_bench.data.wsi import Slide, SlideError, UnreadableTile
@@ -81,6 +81,16 @@ def test_a_large_slide_of_one_level_takes_bounded_memory(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 600, f"{done.stdout} MiB"
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+def test_whole_factors_give_what_the_area_average_gives(factor: int) -> None:
+    pixels = np.random.default_rng(factor).integers(0, 256, (16 * factor, 12 * factor, 4), dtype=np.uint8)
+    for alpha in (255, None):
+        if alpha is not None:
+            pixels[..., 3] = alpha
+        region = Image.fromarray(pixels, "RGBA")
+        assert np.array_equal(wsi._on_white(region, factor), resize(wsi._on_white(region), 16, 12))
 
 
 def damaged(tmp_path: Path, tiles: tuple[int, ...], levels: int = 1) -> Path:

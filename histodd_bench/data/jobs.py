@@ -161,18 +161,20 @@ class SlideJob:
             corners, labels = self.plan(slide, tiling)
             level, _ = slide.level_for(mpp)
             bad: list[tuple[int, int]] = []
+            tiles = np.empty((_BATCH, 3, image_size, image_size), dtype=np.uint8)
             with StoreWriter(target, (image_size, image_size), classes) as writer:
                 for start in range(0, len(corners), _BATCH):
-                    part = corners[start : start + _BATCH]
-                    read = list(slide.tiles(part, size, mpp))
-                    bad += [(int(part[i][0]), int(part[i][1])) for i, t in read if isinstance(t, UnreadableTile)]
-                    good = [(start + i, t) for i, t in read if not isinstance(t, UnreadableTile)]
+                    part, good = corners[start : start + _BATCH], []
+                    for i, tile in slide.tiles(part, size, mpp):
+                        if isinstance(tile, UnreadableTile):
+                            bad.append((int(part[i][0]), int(part[i][1])))
+                        else:
+                            tiles[len(good)] = resize(tile, image_size, image_size).transpose(2, 0, 1)
+                            good.append(start + i)
                     if good:
-                        index = [i for i, _ in good]
-                        tiles = np.stack([resize(t, image_size, image_size) for _, t in good])
-                        n, (x, y) = len(good), corners[index].T.tolist()
+                        n, (x, y) = len(good), corners[good].T.tolist()
                         columns = {"x": x, "y": y, "level": [level] * n, "mpp": [size * mpp / image_size] * n}
-                        writer.append(tiles.transpose(0, 3, 1, 2), labels[index].tolist(), [self.slide] * n, **columns)
+                        writer.append(tiles[:n], labels[good].tolist(), [self.slide] * n, **columns)
                     report(len(part))
                 if len(bad) and len(bad) == len(corners):
                     raise SlideError(self.path, f"not one of its {len(corners)} tiles can be decoded")

@@ -26,6 +26,7 @@ _SMALL_BLOCK = 256  # px; a block of an overview that cannot be decoded is quart
 _LARGEST_SIDE, _LARGEST_AREA = 1 << 20, 1 << 38  # px; the largest slides there are have about 2^18 x 2^18
 _LARGEST_TILE = 1 << 26  # px; OpenSlide decodes whole tiles
 _MOST_TILES = 20_000_000
+_EXACT = (2, 4, 8, 16)  # factors for which Pillow's box average rounds as resize does
 
 
 class SlideError(HistoddError):
@@ -178,6 +179,9 @@ class Slide:
             self.close()
             self._handle = self._open()
             raise UnreadableTile(self.path, f"region at ({x}, {y}) cannot be decoded ({error})") from None
+        whole = round(factor)
+        if whole in _EXACT and (width * whole, height * whole) == size:
+            return _on_white(region, whole)
         return resize(_on_white(region), height, width)
 
     def level_for(self, mpp: float) -> tuple[int, float]:
@@ -255,11 +259,18 @@ class Slide:
                 yield index, error
 
 
-def _on_white(region: Image.Image) -> np.ndarray:
-    """RGBA to ``[H,W,3]`` uint8 on white; plain RGB conversion would make transparent pixels black."""
-    if region.getchannel("A").getextrema() != (255, 255):
-        region = Image.alpha_composite(Image.new("RGBA", region.size, (255, 255, 255, 255)), region)
-    return np.asarray(region.convert("RGB"))
+def _on_white(region: Image.Image, shrink: int = 1) -> np.ndarray:
+    """RGBA to ``[H,W,3]`` uint8 on white, box-averaged by ``shrink``; plain RGB conversion would make transparent pixels black.
+
+    The result is a view of planes ``[3,H,W]``: stores want them so, and splitting is far cheaper than transposing later.
+    """
+    *colours, alpha = region.split()
+    if alpha.getextrema() != (255, 255):
+        white = Image.new("RGBA", region.size, (255, 255, 255, 255))
+        *colours, _ = Image.alpha_composite(white, region).split()
+    if shrink > 1:
+        colours = [plane.reduce(shrink) for plane in colours]
+    return np.stack([np.asarray(plane) for plane in colours]).transpose(1, 2, 0)
 
 
 @dataclass(frozen=True)
