@@ -55,6 +55,8 @@ def stain_rows(dataset: Dataset, progress: Any) -> list[Row]:
     normalizer = MacenkoNormalizer(template)
     rows: list[Row] = []
     for split, patches in (("train", dataset.train), ("test", dataset.test)):
+        if len(patches) == 0:
+            continue
         names: tuple[str, ...] = ()
         columns: dict[str, np.ndarray] = {}
         if dataset.folder is not None:
