@@ -118,6 +118,13 @@ def test_foreign_folders_are_left_alone(root: Path, tmp_path: Path) -> None:
         assert cli.main(["data", "prepare", "slides", "--root", str(root), "--out", str(out)]) == 2
 
 
+def test_somebody_elses_dataset_json_is_not_ours(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "p")
+    (tmp_path / "p" / "dataset.json").write_text('{"name": "my slides"}')
+    data = load_dataset("slides", root=tmp_path / "p", image_size=16, cache=tmp_path / "c", progress=silent())
+    assert len(data.train) == 48
+
+
 def test_a_changed_slide_is_read_again_and_no_other(root: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(root, mine)

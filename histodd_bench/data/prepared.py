@@ -29,8 +29,14 @@ _CHUNK = 512
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a folder holds a finished prepared dataset."""
-    return (Path(folder) / _FILE).is_file()
+    """Whether a folder holds a finished prepared dataset; a ``dataset.json`` of somebody else's does not make it one."""
+    path = Path(folder) / _FILE
+    try:
+        return path.is_file() and (
+            store.FORMAT in path.read_text("utf-8", "replace") or (folder / "train" / "meta.json").is_file()
+        )
+    except OSError:
+        return False
 
 
 def prepare(
@@ -91,6 +97,7 @@ def prepare_files(
     assert dataset.folder is not None
     with writing(out):
         for split in ("train", "test"):
+            shutil.rmtree(out / split, ignore_errors=True)  # of an interrupted run
             (dataset.folder / split).rename(out / split)
     write_template(out, progress)
     write_dataset(out, dataset.notes, dataset=name, procedural=dataset.procedural, settings=settings)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from histodd_bench.stain import Preprocessing
 
 VERSION = 1
-_FORMAT = "histodd-bench patch store"
+FORMAT = "histodd-bench patch store"
 # A private writable mapping is charged in full against memory unless it says NORESERVE: without it Linux refuses to map
 # a store larger than RAM. Python names the flag only from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -150,7 +150,7 @@ class StoreWriter:
                     file.flush()
                     os.fsync(file.fileno())
         meta = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "version": VERSION,
             "shape": [self._count, 3, *self._size],
             "classes": self.classes,
@@ -201,7 +201,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path.parent} is not a finished patch store: {path.name} is missing") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}): delete {path.parent} to have it rebuilt") from None
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise StoreError(f"{path} does not describe a patch store: delete {path.parent} to have it rebuilt")
     if value.get("version") != VERSION:
         raise StoreError(
@@ -293,7 +293,7 @@ def verify(folder: Path) -> None:
 
 def write_dataset(folder: Path, notes: Sequence[str], **more: Any) -> None:
     """Write ``dataset.json``, which makes a folder with the stores ``train`` and ``test`` a dataset; ``more`` are JSON values."""
-    described = {"format": _FORMAT, "version": VERSION, "notes": list(notes), **more}
+    described = {"format": FORMAT, "version": VERSION, "notes": list(notes), **more}
     write_text(folder / "dataset.json", json.dumps(described))
 
 
