@@ -164,7 +164,8 @@ class SlideJob:
             tiles = np.empty((_BATCH, 3, image_size, image_size), dtype=np.uint8)
             with StoreWriter(target, (image_size, image_size), classes) as writer:
                 for start in range(0, len(corners), _BATCH):
-                    part, good = corners[start : start + _BATCH], []
+                    part = corners[start : start + _BATCH]
+                    good: list[int] = []
                     for i, tile in slide.tiles(part, size, mpp):
                         if isinstance(tile, UnreadableTile):
                             bad.append((int(part[i][0]), int(part[i][1])))
