@@ -167,8 +167,8 @@ def test_the_real_annotation_covers_its_own_area(shared_data: Path) -> None:
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
     left, top, right, bottom = int(x.min()) - 8, int(y.min()) - 8, int(x.max()) + 8, int(y.max()) + 8
     grid = np.stack(np.meshgrid(np.arange(left, right, 2), np.arange(top, bottom, 2)), axis=-1).reshape(-1, 2)
-    assert coverage([polygon], grid, 2.0, 97_792).sum() * 4 == pytest.approx(area, rel=0.15)
-    assert coverage([polygon], grid + 1000, 2.0, 97_792).sum() == 0
+    assert coverage([polygon], grid, 2.0).sum() * 4 == pytest.approx(area, rel=0.15)
+    assert coverage([polygon], grid + 1000, 2.0).sum() == 0
 
 
 def test_real_patches_have_tissue(shared_data: Path) -> None:

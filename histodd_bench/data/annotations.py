@@ -164,12 +164,14 @@ def _area(points: np.ndarray) -> float:
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
 
-def _draw(picture: Image.Image, polygons: Iterable[Polygon], scale: float, top: float = 0.0) -> None:
-    """Fill outlines into a picture whose first row is ``top`` level-0 pixels down; larger ones first."""
+def _draw(
+    picture: Image.Image, polygons: Iterable[Polygon], scale: float, corner: tuple[float, float] = (0.0, 0.0)
+) -> None:
+    """Fill outlines into a picture whose top left corner is ``corner`` in level-0 pixels; larger ones first."""
     draw = ImageDraw.Draw(picture)
     for polygon in sorted(polygons, key=lambda p: -_area(p.points)):
         # Pixel i covers i..i+1, its centre is i + 0.5.
-        points = (polygon.points - (0, top)) / scale - 0.5
+        points = (polygon.points - corner) / scale - 0.5
         draw.polygon([tuple(point) for point in points.tolist()], fill=int(polygon.inside))
 
 
@@ -182,25 +184,30 @@ def polygon_mask(polygons: list[Polygon], slide: Slide, mpp: float = TISSUE_MPP)
     return Mask(np.asarray(picture), scale)
 
 
-def coverage(polygons: list[Polygon], corners: np.ndarray, side: float, width: int) -> np.ndarray:
+def coverage(polygons: list[Polygon], corners: np.ndarray, side: float) -> np.ndarray:
     """Share of each patch that lies inside the outlines, ``[N]`` float in [0, 1], counted in 32 x 32 points per patch.
 
-    Works in bands of rows, so that memory is bounded however small the patches of however large a slide.
+    Works in bands of rows around the outlines, so that memory is bounded for small patches of large slides.
 
     Args:
         polygons: outlines and cut-outs.
         corners: ``[N,2]`` top-left (x, y) in level-0 pixels.
         side: of the patches in level-0 pixels.
-        width: of the slide in level-0 pixels.
     """
     share = np.zeros(len(corners))
-    if not polygons or not len(corners):
+    areas = [p.points for p in polygons if p.inside]
+    if not areas or not len(corners):
+        return share
+    low, high = np.min([p.min(0) for p in areas], axis=0), np.max([p.max(0) for p in areas], axis=0)
+    near = np.flatnonzero(((corners + side >= low) & (corners <= high)).all(1))
+    if not len(near):
         return share
     scale = side / _FINE
-    across = int(np.ceil((width + side) / scale)) + 1
+    left = float(corners[near, 0].min())
+    across = int(np.ceil((corners[near, 0].max() + side - left) / scale)) + 1
     band = max(_BAND // across, 2 * _FINE) * scale  # level-0 pixels down
     boxes = [(p.points[:, 1].min(), p.points[:, 1].max(), p) for p in polygons]
-    order = np.argsort(corners[:, 1], kind="stable")
+    order = near[np.argsort(corners[near, 1], kind="stable")]
     heights = corners[order, 1]
     start = 0
     while start < len(order):
@@ -208,10 +215,10 @@ def coverage(polygons: list[Polygon], corners: np.ndarray, side: float, width: i
         stop = int(np.searchsorted(heights, top + band - side, side="right"))
         part = order[start : max(stop, start + 1)]
         bottom = float(corners[part, 1].max()) + side
-        near = [p for low, high, p in boxes if low <= bottom and high >= top]
-        if any(p.inside for p in near):
+        crossing = [p for first, last, p in boxes if first <= bottom and last >= top]
+        if any(p.inside for p in crossing):
             picture = Image.new("1", (across, int(np.ceil((bottom - top) / scale)) + 1))
-            _draw(picture, near, scale, top)
-            share[part] = Mask(np.asarray(picture), scale).fraction(corners[part] - (0, top), side)
+            _draw(picture, crossing, scale, (left, top))
+            share[part] = Mask(np.asarray(picture), scale).fraction(corners[part] - (left, top), side)
         start += len(part)
     return share

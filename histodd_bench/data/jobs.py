@@ -121,10 +121,10 @@ class SlideJob:
             if len(corners):
                 mask = tissue_mask(slide, min(max(tiling.size * tiling.mpp / 16, _FINEST_MASK), TISSUE_MPP))
                 corners = corners[mask.fraction(corners, side) > tiling.min_tissue]
-        labels = self._labels(corners, side, slide.width, tiling)
+        labels = self._labels(corners, side, tiling)
         return corners[labels >= 0], labels[labels >= 0]
 
-    def _labels(self, corners: np.ndarray, side: float, width: int, tiling: Tiling) -> np.ndarray:
+    def _labels(self, corners: np.ndarray, side: float, tiling: Tiling) -> np.ndarray:
         if self.annotation is None:
             return np.full(len(corners), -1 if self.label is None else self.label, dtype=np.int64)
         polygons = read_annotation(self.annotation, any_group=not self.strict)
@@ -133,14 +133,14 @@ class SlideJob:
         for name, label in self.inside:
             # Outlines of another class take away from larger ones around them, as cut-outs do.
             chosen = [Polygon(p.points, p.inside and name in ("*", p.name)) for p in polygons]
-            share = coverage(chosen, corners, side, width)
+            share = coverage(chosen, corners, side)
             here = (share >= tiling.positive) & (share > most)
             labels[here], most[here] = label, share[here]
         if self.outside is not None:
-            rest = coverage(polygons, corners, side, width) <= tiling.negative
+            rest = coverage(polygons, corners, side) <= tiling.negative
             # A patch within a cut-out is not inside, but nobody said that it is the other class.
             cut = [Polygon(p.points, True) for p in polygons if not p.inside]
-            rest &= coverage(cut, corners, side, width) <= tiling.negative
+            rest &= coverage(cut, corners, side) <= tiling.negative
             labels[rest] = self.outside
         return labels
 
