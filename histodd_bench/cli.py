@@ -253,7 +253,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _data(args: argparse.Namespace) -> int:
     from histodd_bench.data_commands import run
 
-    args.workers = getattr(args, "workers", None) or min(_cores(), MOST_WORKERS)
+    # One more than cores: a worker waits for the disk at the end of every slide.
+    args.workers = getattr(args, "workers", None) or min(_cores() + 1, MOST_WORKERS)
     return run(args)
 
 

@@ -36,7 +36,7 @@ def add_data_options(parser: Any) -> None:
         "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
     )
     sub.add_argument(
-        "--workers", type=int, metavar="N", help="processes, one slide each at a time (default: one per core)"
+        "--workers", type=int, metavar="N", help="processes, one slide each at a time (default: one more than cores)"
     )
     sub.add_argument(
         "--shard", default="1/1", metavar="I/N", help="only the I-th of N parts of the slides; no collecting"
