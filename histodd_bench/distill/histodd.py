@@ -79,7 +79,7 @@ class HistoDD:
     distance: Literal["l1", "l2", "cosine"] = "l1"
     match: Literal["weights", "features", "all"] = "weights"
     initial: Literal["matched", "real", "noise"] = "matched"
-    start_patches: int = 1280
+    start_patches: int = 640
 
     def __post_init__(self) -> None:
         for name in ("outer_steps", "inner_steps"):
