@@ -88,13 +88,14 @@ class PatchSet:
         batch = self.images[indices].to(device)
         return batch.float() / 255 if batch.dtype == torch.uint8 else batch
 
-    def require(self, ipc: int) -> None:
-        """Raise unless there are at least two classes and every class has at least ``ipc`` patches."""
+    def require(self, ipc: int | Sequence[int]) -> None:
+        """Raise unless there are at least two classes and every class has at least ``ipc`` patches (or its own number)."""
         if self.num_classes < 2:
             raise HistoddError(f"one class only ({', '.join(self.classes)}): a classifier needs at least two")
-        for name, count in zip(self.classes, self.class_counts(), strict=True):
-            if count < ipc:
-                raise HistoddError(f"class {name!r} has {count} patches, fewer than the {ipc} per class asked for: lower --ipc")
+        budgets = [ipc] * self.num_classes if isinstance(ipc, int) else ipc
+        for name, count, asked in zip(self.classes, self.class_counts(), budgets, strict=True):
+            if count < asked:
+                raise HistoddError(f"class {name!r} has {count} patches, fewer than the {asked} per class asked for: lower --ipc")
 
     def validate(self) -> None:
         """Raise if float images leave [0, 1] or hold NaN (reads the whole set)."""
