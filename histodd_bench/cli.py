@@ -231,6 +231,14 @@ def _make(args: argparse.Namespace) -> int:
     return 0
 
 
+def _distill_slides(args: argparse.Namespace) -> int:
+    from histodd_bench.slides_cli import distill
+
+    out = args.out or Path("runs") / "slides"
+    args.threads = args.threads or 1  # one per worker: slides are many
+    return distill(args, make_requests(args, None, out), out)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     if args.format not in FORMATS:
         raise unknown_name("format", args.format, FORMATS)
@@ -262,6 +270,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "list": _list,
     "distill": _make,
+    "distill-slides": _distill_slides,
     "select": _make,
     "evaluate": _evaluate,
     "doctor": _doctor,
