@@ -15,7 +15,9 @@ from histodd_bench.options import make_parser
 
 if TYPE_CHECKING:
     from histodd_bench.experiment import Cell, Request
+    from histodd_bench.layout import Grid
     from histodd_bench.progress import Progress
+    from histodd_bench.results import Record
     from histodd_bench.tables import Table
 
 FORMATS = ("rich", "markdown", "latex", "csv", "json")
@@ -91,7 +93,7 @@ def _announce(request: "Request", progress: "Progress", todo: "Sequence[Cell]") 
 
 
 def _run(args: argparse.Namespace) -> int:
-    from histodd_bench.tables import get_table
+    from histodd_bench.tables import SlideTable, get_table
 
     table = get_table(args.table)
     out = args.out or Path("runs") / table.name
@@ -108,6 +110,14 @@ def _run(args: argparse.Namespace) -> int:
             for request in requests:
                 print(project(experiment.Experiment(request, progress)), end="")
         return 0
+    if isinstance(table, SlideTable):
+        from importlib import import_module
+
+        with only_writer(out), Progress() as progress:
+            for request in requests:
+                results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
+            import_module(table.runner).run(args, table, requests, progress)
+        requests = []
     with only_writer(out), Progress() as progress:
         for request in requests:
             todo = experiment.cells(request)
@@ -122,13 +132,27 @@ def _run(args: argparse.Namespace) -> int:
                                     methods=None, archs=None, ipc=None))  # fmt: skip
 
 
+def _grids(table: "Table", records: "list[Record]", plan: Any) -> "list[Grid]":
+    """The table's grids, from its own module where it is a slide-level one."""
+    from histodd_bench import layout
+    from histodd_bench.tables import SlideTable
+
+    if isinstance(table, SlideTable):
+        from importlib import import_module
+
+        module, _, name = table.layout.partition(":")
+        found: list[Grid] = getattr(import_module(module), name)(table, records, plan)
+        return found
+    return layout.grids(table, records, plan)
+
+
 def _write_tables(table: "Table", out: Path) -> list[str]:
     """Markdown, LaTeX and CSV files of everything in ``out``; one line that says where."""
-    from histodd_bench import layout, render, results
+    from histodd_bench import render, results
     from histodd_bench.files import write_text
 
     records, _ = results.read_records(out)
-    made = layout.grids(table, records, results.read_plan(out).get(table.name))
+    made = _grids(table, records, results.read_plan(out).get(table.name))
     for name, suffix in render.FILES.items():
         write_text(out / f"{table.name}.{suffix}", render.FORMATS[name](made))
     files = ", ".join(f"{table.name}.{suffix}" for suffix in render.FILES.values())
@@ -143,7 +167,7 @@ def _show(args: argparse.Namespace) -> int:
         raise unknown_name("format", args.format, FORMATS)
     out = args.out or Path("runs") / table.name
 
-    from histodd_bench import layout, render, results
+    from histodd_bench import render, results
 
     if not out.is_dir():
         raise HistoddError(f"no results in {out}: 'run {table.name}' computes them, --out names another folder")
@@ -165,7 +189,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.format == "json":
         print(render.as_json(records, predictions=args.predictions), end="")
         return 0
-    made = layout.grids(table, records, plan)
+    made = _grids(table, records, plan)
     if not made:
         print(f"no results in {out} yet: 'run {table.name}' computes them", file=sys.stderr)
         return 0

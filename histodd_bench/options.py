@@ -170,6 +170,16 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub = command("run", "compute a table, or what is missing of it, and print it", RUN_EPILOG)
     sub.add_argument("table", help="name of the table, e.g. table1")
     _shared(sub)
+    slides = sub.add_argument_group("slide-level tables (table4, table5)")
+    slides.add_argument("--mil", type=_names, metavar="NAME[,NAME]", help="slide-level models (default: the table's)")
+    slides.add_argument(
+        "--encoder",
+        default="auto",
+        metavar="NAME",
+        help="auto (default), resnet50, pool, simclr, torchvision:NAME or timm:NAME",
+    )
+    slides.add_argument("--encoder-weights", metavar="FILE", help="a state dict, or 'random'; otherwise torch's cache")
+    _engine(sub)
 
     sub = command("show", "print a table from the results that are there; computes nothing")
     sub.add_argument("table", nargs="?", default="table1", help="name of the table (default: table1)")
@@ -210,7 +220,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     )
     sub.add_argument("method", nargs="?", default="histodd", help="histodd (default), random or herding")
     _shared(sub, table=False)
-    sub.add_argument("--shard", type=_part, default=(1, 1), metavar="I/N", help="part I of N of the slides, from 1/N to N/N")
+    sub.add_argument(
+        "--shard", type=_part, default=(1, 1), metavar="I/N", help="part I of N of the slides, from 1/N to N/N"
+    )
     sub.add_argument("--slides", type=_names, metavar="NAME[,NAME]", help="only these slides")
     _engine(sub)
 

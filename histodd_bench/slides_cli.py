@@ -21,8 +21,7 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
     with Progress() as progress:
         for request in requests:
             request = replace(request, methods=(args.method,), ipc=request.ipc)
-            distiller = SlideDistiller(open_experiment(replace(request, methods=()), progress), args.method)
-            distiller.request = distiller.experiment.request = request
+            distiller = SlideDistiller(open_experiment(request, progress), args.method)
             slides = None
             if args.slides:
                 wrong = [name for name in args.slides if name not in distiller.slides]

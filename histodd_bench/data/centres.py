@@ -1,5 +1,6 @@
 """The part of a data set that one scanning centre holds, as a data set of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,14 @@ def centre_part(dataset: Dataset, centre: str, *, cache: Path, progress: Any) ->
 
 
 def open_experiment(request: Any, progress: Any, centre: str | None = None) -> Any:
-    """The experiment of a request, on the slides of one centre where one is named."""
+    """The slide-level experiment of a request, on the slides of one centre where one is named.
+
+    Budgets are capped slide by slide, so the data set may have fewer patches per class than were asked for.
+    """
     from histodd_bench.experiment import Experiment
 
-    experiment = Experiment(request, progress)
+    experiment = Experiment(replace(request, methods=(), ipc=()), progress)
+    experiment.request = request
     if centre is not None:
         experiment.dataset = centre_part(experiment.dataset, centre, cache=request.cache / "data", progress=progress)
     return experiment

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from histodd_bench.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["MIL_MODELS", "MILEntry", "build_mil"]
 
@@ -36,7 +36,7 @@ class MILEntry:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def cls(self) -> Callable[..., nn.Module]:
+    def cls(self) -> "Callable[..., nn.Module]":
         """The class: ``cls(in_features, num_classes, width=..., dropout=...)`` with ``forward`` and ``loss``."""
         module, _, name = self.location.partition(":")
         found: Callable[..., nn.Module] = getattr(import_module(module), name)
@@ -69,7 +69,7 @@ MIL_MODELS: dict[str, MILEntry] = {
 
 def build_mil(
     name: str, *, in_features: int, num_classes: int, seed: int, width: int | None = None, dropout: float | None = None
-) -> nn.Module:
+) -> "nn.Module":
     """A slide-level model, initialised from ``seed`` and nothing else; torch's global generator is left as it was.
 
     Args:
@@ -86,6 +86,8 @@ def build_mil(
         raise unknown_name("slide-level model", name, MIL_MODELS)
     if num_classes < 2:
         raise UsageError(f"{name} needs at least two classes, got {num_classes}")
+    import torch
+
     entry = MIL_MODELS[name]
     options = dict(entry.fields) | {k: v for k, v in (("width", width), ("dropout", dropout)) if v is not None}
     with torch.random.fork_rng(devices=[]):

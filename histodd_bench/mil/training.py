@@ -77,7 +77,7 @@ def make_optimizer(
         "betas": entry.betas,
     }
     if entry.optimizer == "adam":
-        return torch.optim.Adam(parameters, **options)
+        return torch.optim.Adam(parameters, fused=True, **options)
     return Lookahead(torch.optim.RAdam(parameters, **options))
 
 

@@ -1,12 +1,13 @@
 """The tables by name, one file each."""
 
 from histodd_bench.errors import unknown_name
-from histodd_bench.tables import table1
+from histodd_bench.tables import table1, table4
 from histodd_bench.tables.declaration import Column, Metric, Table
+from histodd_bench.tables.slide_level import SlideTable
 
-TABLES: dict[str, Table] = {table1.TABLE.name: table1.TABLE}
+TABLES: dict[str, Table] = {t.TABLE.name: t.TABLE for t in (table1, table4)}
 
-__all__ = ["TABLES", "Column", "Metric", "Table", "get_table"]
+__all__ = ["TABLES", "Column", "Metric", "SlideTable", "Table", "get_table"]
 
 
 def get_table(name: str) -> Table:
