@@ -21,6 +21,7 @@ from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing
 from histodd_bench.training import predict
 
+POOL_EPOCHS = 20  # of the encoder "pool" at least: networks that distillation matches may be trained for one epoch only
 VERSION = 1  # raised when the same encoder would give other features
 ENCODERS = {
     "auto": "resnet50 where its ImageNet weights are in torch's cache or --encoder-weights names them, otherwise pool",
@@ -126,12 +127,12 @@ def _trained(
     recipe = pool.recipe
     wide = "" if recipe.width is None else f" (width {recipe.width})"
     if name == "pool":
-        extra = pool.with_recipe(networks=recipe.networks + 1)  # its last network is in no distillation
+        longer = max(recipe.epochs or 0, POOL_EPOCHS)
+        extra = pool.with_recipe(networks=recipe.networks + 1, epochs=longer)  # its last network is in no distillation
         network, number = extra.load(recipe.networks), recipe.networks
-        title = f"{recipe.arch}{wide}, pool-trained: supervised, on the training patches and their labels"
-        return Encoder(
-            title, network, pool.preprocessing, stain, {"encoder": name, "pool": pool.key, "network": number}
-        )
+        title = f"{recipe.arch}{wide}, pool-trained: supervised, {longer} epochs on the training patches and their labels"
+        facts = {"encoder": name, "pool": extra.key, "network": number}
+        return Encoder(title, network, pool.preprocessing, stain, facts)
     from histodd_bench.mil import simclr
 
     settings = simclr.SimCLRRecipe(arch=recipe.arch, width=recipe.width)
