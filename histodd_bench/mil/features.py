@@ -130,7 +130,9 @@ def _trained(
         longer = max(recipe.epochs or 0, POOL_EPOCHS)
         extra = pool.with_recipe(networks=recipe.networks + 1, epochs=longer)  # its last network is in no distillation
         network, number = extra.load(recipe.networks), recipe.networks
-        title = f"{recipe.arch}{wide}, pool-trained: supervised, {longer} epochs on the training patches and their labels"
+        title = (
+            f"{recipe.arch}{wide}, pool-trained: supervised, {longer} epochs on the training patches and their labels"
+        )
         facts = {"encoder": name, "pool": extra.key, "network": number}
         return Encoder(title, network, pool.preprocessing, stain, facts)
     from histodd_bench.mil import simclr

@@ -95,21 +95,24 @@ def block(
 
 
 def paper_rows(table: SlideTable, metric: Metric, dataset: str, columns: Mapping[str, str]) -> list[Row]:
-    """The paper's numbers for a data set (or source centre), under the first metric, the times and the storage."""
+    """The paper's numbers for a data set (or source centre) below those of ours.
+
+    Args:
+        columns: title -> what the table's paper numbers call it.
+    """
+    texts = {
+        "metrics.epoch_seconds": table.paper_seconds,
+        "metrics.epochs": table.paper_epochs,
+        "storage.disk_bytes": table.paper_storage,
+    }.get(metric.key, {})
     rows = []
     for ipc in sorted({i for d, i, _ in table.paper_accuracy if d == dataset}, key=lambda i: (i is None, i)):
         cells: list[Cell] = []
-        for model in columns.values():
-            key = (dataset, ipc, model)
-            if metric.key == "metrics.accuracy" and key in table.paper_accuracy:
-                printed = table.paper_accuracy[key]
-                cells.append(Value(*printed.value, 0, metric, printed=printed))
-            elif metric.key == "metrics.epoch_seconds":
-                cells.append(table.paper_seconds.get(key, ""))
-            elif metric.key == "storage.disk_bytes" and model == next(iter(columns.values())):
-                cells.append(table.paper_storage.get((dataset, ipc), ""))
-            else:
-                cells.append("")
+        for name in columns.values():
+            printed = table.paper_accuracy.get((dataset, ipc, name)) if metric.key == "metrics.accuracy" else None
+            cells.append(
+                Value(*printed.value, 0, metric, printed=printed) if printed else texts.get((dataset, ipc, name), "")
+            )
         if any(c != "" for c in cells):
             rows.append(Row(metric.title, FULL if ipc is None else f"{ipc} Histo-DD", "", cells, source="paper"))
     return rows
@@ -119,12 +122,10 @@ def ordered_sets(
     table: SlideTable, records: Sequence[Record], labels: Mapping[str, str], asked: Mapping[str, Sequence[Any]]
 ) -> list[tuple[int | None, str, str]]:
     """The rows of every block: budgets ascending, in each the methods in the table's order; the whole set last."""
-    methods = [c for c in table.columns if c.method not in ("full", "none")]
+    methods = [c for c in table.columns if c.method != "full"]
     budgets = sorted({r["ipc"] for r in records if r["ipc"] is not None} | {int(i) for i in asked.get("ipc", ())})
     wanted = set(asked.get("methods", ())) | {r["method"] for r in records}
-    rows: list[tuple[int | None, str, str]] = [
-        (None, c.title, "") for c in table.columns if c.method == "none" and "none" in wanted
-    ]
+    rows: list[tuple[int | None, str, str]] = []
     for ipc in budgets:
         for column in methods:
             own = {labels[r["key"]] for r in records if r["method"] == column.method and r["ipc"] == ipc}
@@ -137,7 +138,7 @@ def frames_of(
     table: SlideTable, records: Sequence[Record], labels: Mapping[str, str], column: Callable[[Record], str]
 ) -> dict[tuple[Any, ...], pd.DataFrame]:
     """The frame of records by (column, ipc, title, variant)."""
-    titles = {c.method: c.title for c in table.columns}
+    titles = {c.method: c.title for c in table.columns} | {"none": "No transfer"}
     frame = results.to_frame(records)
     keys = [(column(r), r["ipc"], titles.get(r["method"], r["method"]), labels[r["key"]]) for r in records]
     positions: dict[tuple[Any, ...], list[int]] = {}

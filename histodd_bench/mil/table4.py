@@ -91,8 +91,8 @@ def make_sets(
 
 def run_cells(
     current: Any,
-    todo: Sequence[Cell],
-    opener: Callable[[str], Callable[[Cell], None]],
+    todo: Sequence[Any],
+    opener: Callable[[str], Callable[[Any], None]],
     request: Request,
     progress: Progress,
 ) -> int:

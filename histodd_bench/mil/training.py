@@ -43,6 +43,25 @@ class MILRecipe:
             raise UsageError(f"mil.lr must be above 0, got {self.lr}")
 
 
+@dataclass(frozen=True)
+class TransferRecipe:
+    """How a trained model is fine-tuned with another centre's data (Table 5), the same for every kind of data.
+
+    Attributes:
+        epochs: passes over what was shared (paper, Table 5: 5; its slide-level model has 10 on the full data).
+        lr: of the patch-level network; None for that of its training.
+        slide_lr: of the slide-level model; None for that of its training.
+    """
+
+    epochs: int = 5
+    lr: float | None = None
+    slide_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UsageError(f"transfer.epochs must be at least 1, got {self.epochs}")
+
+
 class Lookahead:
     """Lookahead (Zhang et al. 2019): after every ``steps`` steps of the inner optimiser, slow weights move ``alpha`` of the way."""
 

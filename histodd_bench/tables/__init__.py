@@ -1,11 +1,11 @@
 """The tables by name, one file each."""
 
 from histodd_bench.errors import unknown_name
-from histodd_bench.tables import table1, table4
+from histodd_bench.tables import table1, table4, table5
 from histodd_bench.tables.declaration import Column, Metric, Table
 from histodd_bench.tables.slide_level import SlideTable
 
-TABLES: dict[str, Table] = {t.TABLE.name: t.TABLE for t in (table1, table4)}
+TABLES: dict[str, Table] = {t.TABLE.name: t.TABLE for t in (table1, table4, table5)}
 
 __all__ = ["TABLES", "Column", "Metric", "SlideTable", "Table", "get_table"]
 

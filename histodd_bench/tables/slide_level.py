@@ -17,7 +17,7 @@ class SlideTable(Table):
         runner: module with ``run(args, table, requests, progress)``.
         layout: function ``module:name(table, records, plan)`` that makes the grids; importing it needs no torch.
         models: columns, keys of MIL_MODELS (or ``patch`` for the patch-level network).
-        paper_accuracy, paper_seconds, paper_storage: what the paper prints, marked as the paper's wherever it is shown.
+        paper_accuracy, paper_seconds, paper_storage, paper_epochs: what the paper prints, marked as the paper's wherever it is shown.
     """
 
     runner: str = ""
@@ -25,4 +25,5 @@ class SlideTable(Table):
     models: tuple[str, ...] = ()
     paper_accuracy: Mapping[Key, Printed] = field(default_factory=dict)
     paper_seconds: Mapping[Key, str] = field(default_factory=dict)
-    paper_storage: Mapping[tuple[str, int | None], str] = field(default_factory=dict)
+    paper_storage: Mapping[Key, str] = field(default_factory=dict)
+    paper_epochs: Mapping[Key, str] = field(default_factory=dict)

@@ -53,5 +53,5 @@ TABLE = SlideTable(
         (row[0], row[1], model): Printed(*row[3 + 2 * i].split()) for row in _ROWS for i, model in enumerate(_MODELS)
     },
     paper_seconds={(row[0], row[1], model): row[4 + 2 * i] for row in _ROWS for i, model in enumerate(_MODELS)},
-    paper_storage={(row[0], row[1]): f"{row[2]} GB" for row in _ROWS},
+    paper_storage={(row[0], row[1], _MODELS[0]): f"{row[2]} GB" for row in _ROWS},
 )
