@@ -7,6 +7,7 @@ doing, nothing else.
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -230,7 +231,10 @@ def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], 
     address = engine.options.get("address")
     started = not ray.is_initialized()
     if started:
-        local: dict[str, Any] = {} if address else {"num_cpus": engine.workers, "include_dashboard": False}
+        # A local cluster imports what this process can import, also from a checkout that is not installed.
+        seen = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+        local: dict[str, Any] = {"num_cpus": engine.workers, "include_dashboard": False, "runtime_env": seen}
+        local = {} if address else local
         ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
 
     @ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0)
