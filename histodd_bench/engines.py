@@ -200,7 +200,8 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
                 try:
                     failures.update(waiting.pop(i).result())
                 except Exception as error:  # submitit raises several kinds for a job that died
-                    lines = [line for line in str(error).splitlines() if line.strip()]
+                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                    lines = [line for line in lines if "Error:" in line] or lines
                     failures.update(
                         dict.fromkeys(shares[i], f"its job failed: {lines[-1] if lines else type(error).__name__}")
                     )

@@ -54,10 +54,11 @@ def test_failures_are_told_by_job_and_dead_workers_are_replaced(tmp_path: Path, 
         assert len(used) == 2, "one before the deadly job, one after"
 
 
-def test_slurm_jobs_fail_by_share(tmp_path: Path) -> None:
+def test_slurm_jobs_fail_by_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two jobs of an array on submitit's local executor: one dies with the slides it had, the other finishes its own."""
     folder = tmp_path / "out"
     folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])]))
     failures = engine(tmp_path, "slurm", 2).run(partial(opener, folder), ["a", "deadly", "bad", "x"], lambda: None)
     assert failures["bad"] == "ValueError: it is bad"
     assert set(failures) == {"bad", "deadly", "x"} and "its job failed" in failures["deadly"]
