@@ -104,22 +104,24 @@ def _run(args: argparse.Namespace) -> int:
     from histodd_bench.progress import Progress
 
     if args.dry_run:
+        if isinstance(table, SlideTable):
+            raise UsageError(
+                f"--dry-run does not cover {table.name}: 'distill-slides --slides NAME' shows what one slide takes"
+            )
         from histodd_bench.projection import project
 
         with Progress() as progress:
             for request in requests:
                 print(project(experiment.Experiment(request, progress)), end="")
         return 0
-    if isinstance(table, SlideTable):
-        from importlib import import_module
+    with only_writer(out), Progress() as progress:
+        if isinstance(table, SlideTable):
+            from importlib import import_module
 
-        with only_writer(out), Progress() as progress:
             for request in requests:
                 results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
             import_module(table.runner).run(args, table, requests, progress)
-        requests = []
-    with only_writer(out), Progress() as progress:
-        for request in requests:
+        for request in () if isinstance(table, SlideTable) else requests:
             todo = experiment.cells(request)
             _announce(request, progress, todo)
             results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
@@ -259,6 +261,8 @@ def _distill_slides(args: argparse.Namespace) -> int:
     from histodd_bench.slides_cli import distill
 
     out = args.out or Path("runs") / "slides"
+    if args.dry_run:
+        raise UsageError("--dry-run does not cover distill-slides: --slides NAME shows what one slide takes")
     args.threads = args.threads or 1  # one per worker: slides are many
     return distill(args, make_requests(args, None, out), out)
 

@@ -18,6 +18,7 @@ from histodd_bench.baselines.herding import Herding, herd
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.centres import open_experiment
 from histodd_bench.data.patchset import PatchSet
+from histodd_bench.data.store import locked
 from histodd_bench.distill.histodd import VERSION as HISTODD_VERSION
 from histodd_bench.distill.histodd import HistoDD
 from histodd_bench.engines import Engine
@@ -176,6 +177,13 @@ class SlideDistiller:
             return
         path = self.path(job)
         workdir = self.request.out / WORK / FOLDER / path.parent.name / path.stem
+        lock = workdir.with_name(workdir.name + ".lock")
+        with locked(lock):  # two runs may have been given the same slide
+            if not self.finished(job):
+                self._write(job, path, workdir)
+            lock.unlink(missing_ok=True)
+
+    def _write(self, job: SlideJob, path: Path, workdir: Path) -> None:
         slide = self._patches(job.slide)
         had = slide.class_counts()
         budgets = tuple(min(job.ipc, n) for n in had)
@@ -379,7 +387,8 @@ def _write_index(distiller: SlideDistiller, ipc: int, seed: int, failed: Mapping
         "empty": list(distiller.empty),
         "failed": dict(failed),
     }
-    write_text(folder / "slides.json", json.dumps(finite(index), indent=1, allow_nan=False) + "\n")
+    with locked(folder / ".lock"):  # shards that end together
+        write_text(folder / "slides.json", json.dumps(finite(index), indent=1, allow_nan=False) + "\n")
 
 
 def summary(distiller: SlideDistiller, ipc: int, seed: int) -> str:

@@ -11,7 +11,7 @@ from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import save_state
 from histodd_bench.mil import MIL_MODELS
 from histodd_bench.mil.bags import Bags, make_bags, read_features, slide_label, slide_labels, write_features
-from histodd_bench.mil.features import extract, make_encoder, pixels_key
+from histodd_bench.mil.features import extract, make_encoder
 from histodd_bench.mil.simclr import SimCLRRecipe, nt_xent, random_views
 from histodd_bench.mil.training import Lookahead, MILRecipe, predict_mil, score_mil, train_mil
 from histodd_bench.models import ModelPool, PoolRecipe
@@ -123,12 +123,6 @@ def test_features_are_extracted_once_and_again_where_the_file_is_gone_or_spoilt(
     assert torch.equal(get(), first) and "extracting features again" in capsys.readouterr().err
     path.write_bytes(b"not HDF5")
     assert torch.equal(get(), first)
-
-
-def test_only_pixels_and_encoder_decide_features() -> None:
-    some = patches()
-    relabelled = PatchSet(some.images, 1 - some.labels, some.groups, some.group_names, some.classes)
-    assert pixels_key(relabelled) == pixels_key(some) != pixels_key(some.subset([0, 1]))
 
 
 def test_encoders_say_what_they_are(pool, tmp_path, monkeypatch) -> None:

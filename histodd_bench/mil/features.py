@@ -4,7 +4,6 @@ Nothing is downloaded. ImageNet weights come from torch's hub cache or from a fi
 a network trained on the training patches, and every table names the encoder it used.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,14 +233,6 @@ def _without_head(body: nn.Module) -> nn.Module:
     return body
 
 
-def pixels_key(patches: PatchSet) -> str:
-    """SHA-256 (hex) of a set's pixels alone: labels and names change no feature."""
-    hasher = hashlib.sha256(repr((tuple(patches.images.shape), str(patches.images.dtype))).encode())
-    for start in range(0, len(patches), 4096):
-        hasher.update(patches.images[start : start + 4096].contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
 def extract(
     encoder: Encoder, patches: PatchSet, *, cache: Path, device: torch.device | str, progress: Progress, what: str
 ) -> Tensor:
@@ -255,7 +246,7 @@ def extract(
     Raises:
         HistoddError: the encoder gives NaN or infinite features.
     """
-    key = digest({"encoder": encoder.key, "pixels": pixels_key(patches), "device": torch.device(device).type})
+    key = digest({"encoder": encoder.key, "patches": patches.fingerprint(), "device": torch.device(device).type})
     path = cache / f"{key[:32]}.h5"
     if path.exists():
         try:
