@@ -35,7 +35,7 @@ class Engine:
     Attributes:
         name: a key of :data:`ENGINES`.
         workers: processes (local), jobs of a job array (slurm) or actors (ray) at once.
-        device: as on the command line; ``auto`` and ``cuda`` are spread over all GPUs of the machine, one worker each.
+        device: ``cpu``, ``cuda`` (spread over all GPUs of the machine, one after the other) or ``cuda:N``.
         options: of the engine, as text: submitit's parameters (``slurm_partition=gpu``, ``timeout_min=600``,
             ``cluster=local`` to try it without SLURM), or Ray's ``address``.
         folder: for the engine's own files.
@@ -61,7 +61,7 @@ class Engine:
 
 def device_of(worker: int, device: str) -> str:
     """The device of worker number ``worker``: GPUs in turn where there are several and none is named."""
-    if device not in ("auto", "cuda"):
+    if device != "cuda":
         return device
     import torch
 
@@ -182,16 +182,14 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
         raise HistoddError("--engine slurm needs submitit: pip install 'histodd-bench[cluster]'") from None
     options: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in engine.options.items()}
     executor = submitit.AutoExecutor(folder=engine.folder / "submitit" / "%j", cluster=options.pop("cluster", "slurm"))
-    import torch
-
-    gpu = engine.device.startswith("cuda") or (engine.device == "auto" and torch.cuda.is_available())
+    gpu = engine.device.startswith("cuda")
     try:
         executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": 1, **({"gpus_per_node": 1} if gpu else {}),
                                       "name": "histodd-slides", **options})  # fmt: skip
     except (NameError, TypeError, ValueError) as error:
         raise UsageError(f"--engine-option: {error}".splitlines()[0]) from None
     shares = [jobs[i :: engine.workers] for i in range(min(engine.workers, len(jobs)))]
-    devices = ["cuda" if gpu and engine.device == "auto" else engine.device] * len(shares)
+    devices = ["cuda" if gpu else engine.device] * len(shares)  # SLURM shows a job its own GPU only
     submitted = executor.map_array(_chunk, [opener] * len(shares), devices, shares)
     failures, waiting = Failures(), dict(zip(range(len(shares)), submitted, strict=True))
     try:
@@ -226,9 +224,7 @@ def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], 
     wrong = set(engine.options) - {"address"}
     if wrong:
         raise UsageError(f"the ray engine has no option {min(wrong)!r}: it has address")
-    import torch
-
-    gpu = engine.device.startswith("cuda") or (engine.device == "auto" and torch.cuda.is_available())
+    gpu = engine.device.startswith("cuda")
     address = engine.options.get("address")
     started = not ray.is_initialized()
     if started:
@@ -258,7 +254,7 @@ def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], 
     hands: dict[Any, tuple[Any, Any]] = {}  # future -> (worker, job in hand; None while it starts)
 
     def hire() -> None:
-        worker = Worker.remote(opener, "cuda" if gpu and engine.device == "auto" else engine.device)  # type: ignore[attr-defined]
+        worker = Worker.remote(opener, "cuda" if gpu else engine.device)  # type: ignore[attr-defined]
         hands[worker.start.remote()] = (worker, None)
 
     try:

@@ -4,9 +4,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.request import Request
+
+if TYPE_CHECKING:
+    from histodd_bench.experiment import Experiment
 
 
 def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) -> int:
@@ -29,7 +33,7 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
                     raise UsageError(f"--slides: {request.dataset} has no training slide {wrong[0]!r} with patches")
                 slides = list(args.slides)
             workers = request.workers if args.workers else workers_of(request)
-            engine = Engine(args.engine, workers, request.device, out / "work", options)
+            engine = Engine(args.engine, workers, engine_device(distiller.experiment), out / "work", options)
             progress.log(
                 f"{request.dataset}: {len(distiller.slides)} slides, part {args.shard[0]} of {args.shard[1]}; "
                 f"{args.method} {', '.join(map(str, request.ipc))} per class, {request.seeds} seeds; engine {args.engine}, "
@@ -49,6 +53,12 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
             + "; ".join(failed[:5])
         )
     return 0
+
+
+def engine_device(experiment: "Experiment") -> str:
+    """The device that workers get: of the kind this process has, since the kind is part of every configuration."""
+    named = experiment.request.device
+    return named if ":" in named else experiment.device.type
 
 
 def workers_of(request: Request) -> int:

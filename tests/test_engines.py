@@ -82,6 +82,7 @@ def test_devices_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [device_of(i, "cpu") for i in range(2)] == ["cpu", "cpu"]
     assert [device_of(i, "cuda:3") for i in range(2)] == ["cuda:3", "cuda:3"]
+    assert device_of(1, "cuda") == "cuda", "no GPU, or one"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [device_of(i, "auto") for i in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [device_of(i, "cuda") for i in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from histodd_bench import results
@@ -15,7 +14,7 @@ from histodd_bench.methods import method_entry
 from histodd_bench.mil.experiment import SlideExperiment, SlideOptions, model_names
 from histodd_bench.progress import Progress
 from histodd_bench.request import Cell, Request
-from histodd_bench.slides_cli import workers_of
+from histodd_bench.slides_cli import engine_device, workers_of
 from histodd_bench.slides_distill import SlideDistiller, SlideJob, distill_slides
 from histodd_bench.tables.slide_level import SlideTable
 
@@ -62,11 +61,14 @@ def run_one(request: Request, options: SlideOptions, table: SlideTable, progress
     experiment = open_experiment(request, progress)
     current = SlideExperiment(experiment, options)
     progress.log(experiment.budget())
-    engine = Engine(options.engine, workers_of(request), request.device, request.out / "work", options.engine_options)
+    engine = Engine(
+        options.engine, workers_of(request), engine_device(experiment), request.out / "work", options.engine_options
+    )
     for method in (m for m in request.methods if not method_entry(m).whole):
         make_sets(current.distiller(method), request.ipc, range(request.seeds), engine, progress)
     todo = table_cells(request, options.models)
-    return run_cells(current, todo, partial(_open, request, options), request, progress)
+    local = Engine("local", workers_of(request), engine_device(experiment), request.out / "work")
+    return run_cells(current, todo, local, partial(_open, request, options), request, progress)
 
 
 def make_sets(
@@ -92,11 +94,12 @@ def make_sets(
 def run_cells(
     current: Any,
     todo: Sequence[Any],
+    engine: Engine,
     opener: Callable[[str], Callable[[Any], None]],
     request: Request,
     progress: Progress,
 ) -> int:
-    """Compute the cells without a record on local workers; returns how many there were."""
+    """Compute the cells without a record on an engine of this machine; returns how many there were."""
     records, ignored = results.read_records(request.out)
     for line in ignored:
         progress.log(line)
@@ -109,10 +112,7 @@ def run_cells(
         return 0
     current.prepare(missing)  # features, before workers would each extract them
     with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
-        workers = workers_of(request)
-        failures = Engine("local", workers, request.device, Path(request.out) / "work").run(
-            opener, missing, task.advance
-        )
+        failures = engine.run(opener, missing, task.advance)
     if failures:
         cell, why = next(iter(failures.items()))
         raise HistoddError(f"{cell.arch} on {cell.method} ({len(failures)} cells in all): {why}")

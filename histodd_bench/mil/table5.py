@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import permutations
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from histodd_bench.mil.training import TransferRecipe, score_mil, train_mil
 from histodd_bench.models import build
 from histodd_bench.progress import Progress
 from histodd_bench.request import Request
-from histodd_bench.slides_cli import workers_of
+from histodd_bench.slides_cli import engine_device, workers_of
 from histodd_bench.tables.slide_level import SlideTable
 from histodd_bench.training import Trainer, predict
 
@@ -313,8 +312,9 @@ def run_one(request: Request, options: SlideOptions, progress: Progress) -> int:
     for centre in centres:
         progress.log(f"{centre}: {current.experiment(centre).budget()}")
     workers = workers_of(request)
-    local = Engine("local", workers, request.device, Path(request.out) / "work")
-    engine = Engine(options.engine, workers, request.device, Path(request.out) / "work", options.engine_options)
+    device = engine_device(current.experiment(centres[0]))
+    local = Engine("local", workers, device, request.out / "work")
+    engine = Engine(options.engine, workers, device, request.out / "work", options.engine_options)
     opener = partial(_open, request, options)
     budgeted = [m for m in request.methods if not method_entry(m).whole]
     jobs = [
@@ -336,8 +336,8 @@ def run_one(request: Request, options: SlideOptions, progress: Progress) -> int:
                 current.slides(centre, centre).distiller(method), request.ipc, range(request.seeds), engine, progress
             )
     todo = transfer_cells(request, options, centres)
-    done = run_cells(current, [c for c in todo if c.method == "none"], opener, request, progress)
-    return done + run_cells(current, [c for c in todo if c.method != "none"], opener, request, progress)
+    done = run_cells(current, [c for c in todo if c.method == "none"], local, opener, request, progress)
+    return done + run_cells(current, [c for c in todo if c.method != "none"], local, opener, request, progress)
 
 
 def _open(request: Request, options: SlideOptions, device: str) -> Callable[[Any], None]:
