@@ -204,8 +204,9 @@ class SlideDistiller:
         from safetensors.torch import save
 
         tensors = {"images": made.images.cpu().contiguous(), "labels": made.labels.cpu()}
-        write_bytes(path, save(tensors, {"card": canonical(finite(facts))}))
-        shutil.rmtree(workdir, ignore_errors=True)
+        data = save(tensors, {"card": canonical(finite(facts))})
+        shutil.rmtree(workdir, ignore_errors=True)  # first: whoever is killed here has one slide to do again, and leaves nothing
+        write_bytes(path, data)
 
     def _patches(self, name: str) -> PatchSet:
         if name not in self.slides:

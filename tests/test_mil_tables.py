@@ -152,7 +152,7 @@ def test_changed_options_make_new_records(folders, tmp_path) -> None:
 
 
 def test_show_prints_both_tables_without_computing(folders, capsys) -> None:
-    for table, word in (("table4", "CLAM-SB"), ("table5", "=>")):
+    for table, word in (("table4", "CLAM-SB"), ("table5", "Patches shared")):
         assert cli.main(["show", table, "--out", str(folders["out"]), "--format", "markdown"]) == 0
         assert word in capsys.readouterr().out
         assert cli.main(["show", table, "--out", str(folders["out"]), "--format", "json"]) == 0

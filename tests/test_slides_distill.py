@@ -261,7 +261,8 @@ def test_a_killed_run_goes_on_and_repeats_no_finished_slide(folders, tmp_path) -
     assert run(d, local(tmp_path / "out", 1)) == {}
     assert made(tmp_path / "out") == made(tmp_path / "whole")
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
-    assert not list(tmp_path.glob("out/work/slides/*/*")), "nothing is left of interrupted slides"
+    left = [p for p in tmp_path.glob("out/work/slides/*/*") if p.is_dir()]
+    assert not left, "nothing is left of interrupted slides"
 
 
 @pytest.mark.parametrize(
