@@ -111,6 +111,26 @@ def test_one_class_trains_no_network_and_a_single_patch_is_enough(folders, tmp_p
     assert torch.isfinite(found.patches.images).all()
 
 
+def test_one_number_and_the_same_number_for_each_class_are_the_same(folders, tmp_path) -> None:
+    d = distiller(folders, tmp_path)
+    slide, pool = d._patches("train-s0"), d._pool
+    results = [
+        d.method(2)(slide, ipc, pool.of(slide), 5, workdir=tmp_path / str(i), progress=Progress.silent()).images
+        for i, ipc in enumerate((2, (2, 2)))
+    ]
+    assert torch.equal(*results)
+
+
+def test_a_slide_sees_its_own_stain_fits(folders, tmp_path) -> None:
+    d = distiller(folders, tmp_path)
+    slide = d._patches("train-s1")
+    stain, valid = d._pool.of(slide).fits()
+    whole, whole_valid = d.experiment.pool().fits()
+    rows = (d.train.groups == d.train.group_names.index("train-s1")).nonzero().flatten()
+    assert torch.equal(valid, whole_valid[rows])
+    torch.testing.assert_close(stain[valid], whole[rows][valid])
+
+
 def test_herding_per_slide_follows_each_slides_own_mean(folders, tmp_path) -> None:
     d = distiller(folders, tmp_path, "herding")
     d.make(SlideJob("train-s0", 3, 0))
