@@ -179,7 +179,7 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
     try:
         import submitit
     except ImportError:
-        raise HistoddError("--engine slurm needs submitit: pip install 'histodd-bench[cluster]'") from None
+        raise HistoddError("--engine slurm needs submitit: pip install submitit") from None
     options: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in engine.options.items()}
     executor = submitit.AutoExecutor(folder=engine.folder / "submitit" / "%j", cluster=options.pop("cluster", "slurm"))
     gpu = engine.device.startswith("cuda")
@@ -220,7 +220,7 @@ def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], 
     try:
         import ray
     except ImportError:
-        raise HistoddError("--engine ray needs Ray: pip install 'histodd-bench[ray]'") from None
+        raise HistoddError("--engine ray needs Ray: pip install ray") from None
     wrong = set(engine.options) - {"address"}
     if wrong:
         raise UsageError(f"the ray engine has no option {min(wrong)!r}: it has address")

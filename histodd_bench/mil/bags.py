@@ -126,7 +126,7 @@ def _h5py() -> Any:
     try:
         import h5py
     except ImportError:
-        raise HistoddError("features are cached in HDF5: pip install 'histodd-bench[mil]' brings h5py") from None
+        raise HistoddError("slide-level features are cached in HDF5: pip install h5py") from None
     return h5py
 
 

@@ -21,9 +21,7 @@ class Layer(nn.Module):
         try:
             from nystrom_attention import NystromAttention
         except ImportError:
-            raise HistoddError(
-                "transmil needs the package nystrom-attention: pip install 'histodd-bench[mil]'"
-            ) from None
+            raise HistoddError("transmil needs the package nystrom-attention: pip install nystrom-attention") from None
         self.norm = nn.LayerNorm(width)
         self.attention = NystromAttention(
             dim=width,
