@@ -8,6 +8,7 @@ test slides. The source distils with its own pool, stain policy and slides; it s
 import argparse
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +31,7 @@ from histodd_bench.methods import method_entry
 from histodd_bench.mil import build_mil
 from histodd_bench.mil.experiment import SlideExperiment, SlideOptions, model_names
 from histodd_bench.mil.table4 import make_sets, run_cells, slide_request
-from histodd_bench.mil.training import TransferRecipe, score_mil, train_mil
+from histodd_bench.mil.training import MILTraining, TransferRecipe, score_mil, train_mil
 from histodd_bench.models import build
 from histodd_bench.progress import Progress
 from histodd_bench.request import Request
@@ -118,8 +119,6 @@ class Transfer:
 
     def cell_config(self, cell: TransferCell) -> dict[str, Any]:
         """What the record of a cell depends on."""
-        import json
-
         config = self._trained_config(cell)
         config["source"] = cell.source
         config["set"] = {"method": "none"}
@@ -132,7 +131,7 @@ class Transfer:
             else:
                 made = source.set_config(cell.method, cell.ipc, cell.distill_seed)["set"]
             config["set"] = made
-        return json.loads(json.dumps(config))
+        return _plain(config)
 
     # ---- work ------------------------------------------------------------------------------------------------------------
 
@@ -221,8 +220,6 @@ class Transfer:
     def _fine_tune_slides(self, cell: TransferCell, trained: Trained) -> tuple[Any, Any, dict[str, float]]:
         own = self.slides(cell.target, cell.target)
         if cell.method == "none":
-            from histodd_bench.mil.training import MILTraining
-
             done = MILTraining(trained.model.eval(), [], float("nan"))
         else:
             bags = self.slides(cell.source, cell.target).bags(cell.method, cell.ipc, cell.distill_seed)
@@ -274,10 +271,10 @@ class Transfer:
         return dict(source.storage(made)), made.seconds
 
 
-def _plain(config: dict[str, Any]) -> Any:
-    import json
-
-    return json.loads(json.dumps(config))
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON would give it back: tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
 
 
 def transfer_cells(request: Request, options: SlideOptions, centres: Sequence[str]) -> list[TransferCell]:
