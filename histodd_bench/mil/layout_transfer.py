@@ -118,8 +118,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         "set has the same number."
     )
     notes.append(
-        f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is within "
-        "its standard error."
+        f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
+        "above its standard error: below zero, too."
     )
     for part in groups_of(records, _column):
         evaluation = part[0]["config"]["eval"]
