@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from histodd_bench.mil import MIL_MODELS, build_mil
+from histodd_bench.mil.clam import smooth_svm
 
 DEVICE = torch.device(os.environ.get("HISTODD_BENCH_DEVICE", "cpu"))
 FEATURES, WIDTH = 1024, 512
@@ -23,15 +24,22 @@ def embed() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.ReLU())
 
 
+class InstanceLoss(nn.Module):
+    """Our smooth SVM with the shapes that torchmil's CLAM calls its own with."""
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return smooth_svm(logits, targets[:, 0].long())
+
+
 def torchmil_model(name: str) -> nn.Module:
     models = pytest.importorskip("torchmil.models", reason="torchmil is not installed")
     shape = (FEATURES,)
     if name == "abmil":
         return models.ABMIL(shape, att_dim=WIDTH // 4, gated=True, feat_ext=embed())
-    if name == "clam-sb":  # its SmoothTop1SVM fails on a batch of k instances, so its other instance loss is timed
-        return models.CLAM_SB(
-            shape, att_dim=WIDTH // 2, gated=True, k_sample=8, inst_loss_name="BCEWithLogitsLoss", feat_ext=embed()
-        )
+    if name == "clam-sb":  # both of its instance losses fail on the shapes that it gives them: it gets ours
+        found = models.CLAM_SB(shape, att_dim=WIDTH // 2, gated=True, k_sample=8, feat_ext=embed())
+        found.inst_loss_fn = InstanceLoss()
+        return found
     if name == "dsmil":
         return models.DSMIL(shape, att_dim=128, nonlinear_q=True, nonlinear_v=True)
     if name == "transmil":
