@@ -123,7 +123,10 @@ def _notes(records: Sequence[Record]) -> list[str]:
     )
     for part in groups_of(records, _column):
         evaluation = part[0]["config"]["eval"]
-        line = f"{_column(part[0])}: trained for {evaluation['epochs']} epochs"
+        slide = evaluation["at"] == "slide"
+        trained = evaluation["model"]["lr"] if slide else evaluation["lr"]
+        tuned = transfer["slide_lr" if slide else "lr"] or trained
+        line = f"{_column(part[0])}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {tuned:g}"
         if "encoder" in evaluation:
             line += f"; encoder of {config['target']}: {evaluation['encoder']['title']}"
         fields = {json.dumps(r["config"]["set"].get("fields", {})) for r in part if r["method"] == "histodd"}
