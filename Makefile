@@ -1,5 +1,6 @@
 # make table1   Table 1 on the built-in demo, from nothing: environment, installation, build, run
 # make test     the same set-up, then the tests
+# make bench    the same set-up, then the benchmarks; ARGS="-k gradient" for a part
 #
 # An active virtual environment (or conda environment) is used as it is; otherwise .venv is made here. A torch that is
 # already there, of any kind, is kept. Variables:
@@ -20,7 +21,7 @@ TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch-*.dist-info/RECORD)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 ARGS ?=
 
-.PHONY: table1 test lint build clean
+.PHONY: table1 test bench lint build clean
 .DELETE_ON_ERROR:
 
 table1: $(STAMPS)/installed
@@ -28,6 +29,9 @@ table1: $(STAMPS)/installed
 
 test: $(STAMPS)/dev
 	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench
+	$(PY) -m pytest $(sort $(wildcard benchmarks/bench_*.py)) --benchmark-columns=median,min,max,rounds $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
@@ -81,5 +85,10 @@ $(STAMPS)/installed: $(STAMPS)/torch $(TORCH) $(SOURCES)
 
 $(STAMPS)/dev: $(STAMPS)/installed
 	@$(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' > $@.txt
+	@$(PY) -m pip install --quiet -r $@.txt
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	@$(PY) -c 'import tomllib; extra = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*extra["bench"], *extra["peers"], sep="\n")' > $@.txt
 	@$(PY) -m pip install --quiet -r $@.txt
 	@touch $@

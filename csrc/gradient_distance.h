@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HISTODD_HD __host__ __device__ __forceinline__
-#else
-#define HISTODD_HD inline
-#endif
+#include "host_device.h"
 
 namespace histodd {
 

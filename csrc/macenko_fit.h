@@ -8,22 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef HISTODD_HD
-#ifdef __CUDACC__
-#define HISTODD_HD __host__ __device__ __forceinline__
-#else
-#define HISTODD_HD inline
-#endif
-#endif
-
-// For what is called in every iteration of a vectorised loop: a call that is not inlined would stop the vectoriser.
-#if defined(__CUDACC__)
-#define HISTODD_HOT __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define HISTODD_HOT inline __attribute__((always_inline))
-#else
-#define HISTODD_HOT inline
-#endif
+#include "optical_density.h"
 
 namespace histodd {
 
@@ -53,40 +38,12 @@ HISTODD_HD Density<T> make_density(const FitOptions& o) {
   return {T(255 / o.io), T(0), T(1 / o.io), T(1)};
 }
 
-HISTODD_HOT double fit_log(double x) { return log(x); }
-
-// ln x of a positive, normal x, within 1 ulp of x - 1 near one and 1.5 ulp elsewhere; vectorises.
-HISTODD_HOT float fit_log(float x) {
-#ifdef __CUDA_ARCH__
-  return logf(x);
-#else
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  const int32_t half = 0x3f3504f3;  // sqrt(1/2): the mantissa is brought into [sqrt(1/2), sqrt(2))
-  const int32_t exponent = (bits - half) >> 23;
-  bits -= exponent << 23;
-  float m;
-  memcpy(&m, &bits, 4);
-  const float t = m - 1.0f, e = static_cast<float>(exponent);
-  float q = 0.0870036259f;  // minimax for the relative error of t - t^2/2 + t^3 q(t)
-  q = q * t - 0.142674774f;
-  q = q * t + 0.149147868f;
-  q = q * t - 0.165775865f;
-  q = q * t + 0.199630618f;
-  q = q * t - 0.250013381f;
-  q = q * t + 0.333339095f;
-  const float tt = t * t;
-  const float small = tt * t * q - 0.5f * tt + e * -2.12194440e-4f;  // ln 2 in two parts
-  return t + small + e * 0.693359375f;
-#endif
-}
-
 template <typename T>
-HISTODD_HOT T optical_density(T x, const Density<T>& d) {
+HISTODD_INLINE T optical_density(T x, const Density<T>& d) {
   T y = d.scale * x + d.shift;
   y = y < d.low ? d.low : y;
   y = y > d.high ? d.high : y;
-  return -fit_log(y);
+  return log2_of(y) * T(-kLn2);
 }
 
 // Of a grey level, for the table that uint8 images use.
@@ -95,7 +52,7 @@ HISTODD_HD double grey_density(int level, const FitOptions& o) {
 }
 
 template <typename T>
-HISTODD_HOT bool in_range(T x) {
+HISTODD_INLINE bool in_range(T x) {
   return x >= T(0) && x <= T(kLargestImageValue);  // false for NaN
 }
 
@@ -104,7 +61,7 @@ HISTODD_HOT bool in_range(T x) {
 // Grows with atan2(y, x), from -2 to 2, and is exact enough to give the angle back: y / (|x| + |y|), mirrored for
 // negative x. Choices are between constants only, so that compilers see no branch and vectorise.
 template <typename T>
-HISTODD_HOT T angle_key(T x, T y) {
+HISTODD_INLINE T angle_key(T x, T y) {
   const T sum = std::fabs(x) + std::fabs(y);
   const T d = y / (sum > T(1e-30) ? sum : T(1e-30));
   return d * (x < T(0) ? T(-1) : T(1)) + std::copysign(x < T(0) ? T(2) : T(0), y);
@@ -117,7 +74,7 @@ HISTODD_HD double key_angle(double key) {
 }
 
 template <typename T>
-HISTODD_HOT bool is_tissue(T r, T g, T b, T beta) {
+HISTODD_INLINE bool is_tissue(T r, T g, T b, T beta) {
   const T lowest = r < g ? r : g;
   return (lowest < b ? lowest : b) >= beta;
 }
@@ -141,26 +98,26 @@ HISTODD_HD Rank percentile_rank(double percent, int64_t count, bool linear) {
 }
 
 // Integers that are ordered as the numbers are (which must not be NaN), and back.
-HISTODD_HOT uint32_t ordered_bits(float x) {
+HISTODD_INLINE uint32_t ordered_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-HISTODD_HOT uint64_t ordered_bits(double x) {
+HISTODD_INLINE uint64_t ordered_bits(double x) {
   uint64_t bits;
   memcpy(&bits, &x, 8);
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-HISTODD_HOT float from_ordered_bits(uint32_t k) {
+HISTODD_INLINE float from_ordered_bits(uint32_t k) {
   const uint32_t bits = k & 0x80000000u ? k & 0x7fffffffu : ~k;
   float x;
   memcpy(&x, &bits, 4);
   return x;
 }
 
-HISTODD_HOT double from_ordered_bits(uint64_t k) {
+HISTODD_INLINE double from_ordered_bits(uint64_t k) {
   const uint64_t bits = k >> 63 ? k & ~(uint64_t{1} << 63) : ~k;
   double x;
   memcpy(&x, &bits, 8);
@@ -339,7 +296,7 @@ struct AngleKeys {  // minus and plus the angle key of tissue pixels
       v[i] = static_cast<T>(plane.second[i]);
     }
   }
-  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+  HISTODD_INLINE void operator()(T r, T g, T b, T& first, T& second) const {
     const T key = angle_key(u[0] * r + u[1] * g + u[2] * b, v[0] * r + v[1] * g + v[2] * b);
     second = key + (is_tissue(r, g, b, beta) ? T(0) : static_cast<T>(NAN));
     first = -second;
@@ -355,7 +312,7 @@ struct ConcentrationKeys {  // the two concentrations of every pixel
       v[i] = static_cast<T>(stains.inverse[1][i]);
     }
   }
-  HISTODD_HOT void operator()(T r, T g, T b, T& first, T& second) const {
+  HISTODD_INLINE void operator()(T r, T g, T b, T& first, T& second) const {
     first = u[0] * r + u[1] * g + u[2] * b;
     second = v[0] * r + v[1] * g + v[2] * b;
   }

@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HISTODD_INLINE __host__ __device__ __forceinline__
-#else
-#define HISTODD_INLINE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace histodd {
 

@@ -14,10 +14,7 @@ from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
 
 if TYPE_CHECKING:
-    from histodd_bench.experiment import Cell, Request
-    from histodd_bench.layout import Grid
-    from histodd_bench.progress import Progress
-    from histodd_bench.results import Record
+    from histodd_bench.experiment import Request
     from histodd_bench.tables import Table
 
 FORMATS = ("rich", "markdown", "latex", "csv", "json")
@@ -38,127 +35,123 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _data_root(given: "Sequence[str]", name: str) -> Path | None:
+    """The folder of a data set: what ``--data-root NAME=DIR`` says of it, else a plain ``--data-root DIR``."""
+    from histodd_bench.data import DATASETS
+
+    pairs = [text.partition("=") for text in given]
+    named = {key: folder for key, equals, folder in pairs if equals and key in DATASETS}
+    plain = [text for text, (key, equals, _) in zip(given, pairs, strict=True) if not (equals and key in DATASETS)]
+    found = named.get(name) or (plain[-1] if plain else None)
+    return Path(found) if found is not None else None
+
+
 def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) -> "list[Request]":
     """Requests, one per data set, from options; every name is checked before anything is loaded."""
     from histodd_bench import presets
     from histodd_bench.data import DATASETS
     from histodd_bench.experiment import Request
+    from histodd_bench.mil import check_models
+    from histodd_bench.request import SlideOptions
+    from histodd_bench.tables import SlideTable
 
     preset = presets.get_preset(args.preset)
+    options: dict[str, Any] = dict(table.options.get(preset.name, {})) if table else {}
     names = args.dataset or ("demo",)
     for name in names:
         if name not in DATASETS:
             raise unknown_name("dataset", name, DATASETS)
-        if DATASETS[name].needs_root and args.data_root is None:
+        if DATASETS[name].needs_root and _data_root(args.data_root, name) is None:
             raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
-    asked = args.methods or (tuple(c.method for c in table.columns) if table else ())
-    stain = args.stain or preset.stain
+    asked = args.methods or (tuple(dict.fromkeys(c.method for c in table.columns)) if table else ())
+    stain = args.stain or options.get("stain") or preset.stain
+    ipc = args.ipc or options.get("ipc") or (table.ipc if table else None) or preset.ipc
+    archs = args.archs or options.get("archs") or preset.archs
     if stain not in presets.STAIN:
         raise unknown_name("stain policy", stain, presets.STAIN)
     distill = presets.parse_arch(args.distill_arch or preset.distill_arch, preset.widths)
+    slides = SlideOptions()
+    if isinstance(table, SlideTable):
+        models = check_models(args.mil or table.models)
+        slides = SlideOptions(models, args.encoder, args.encoder_weights, args.engine, dict(args.engine_options))
     return [
         Request(
             dataset=name,
             preset=preset,
             methods=presets.check_methods(asked),
-            ipc=args.ipc or (table.ipc if table and table.ipc else preset.ipc),
-            archs=tuple(dict.fromkeys(presets.parse_arch(a, preset.widths) for a in args.archs or preset.archs)),
+            ipc=ipc,
+            archs=tuple(dict.fromkeys(presets.parse_arch(a, preset.widths) for a in archs)),
             distill_arch=distill,
-            seeds=args.seeds or preset.seeds,
-            eval_seeds=args.eval_seeds or preset.eval_seeds,
+            seeds=args.seeds or options.get("seeds") or preset.seeds,
+            eval_seeds=args.eval_seeds or options.get("eval_seeds") or preset.eval_seeds,
             image_size=args.image_size or preset.image_size,
             stain=stain,
-            threads=args.threads or min(preset.threads, _cores()),
+            threads=args.threads or min(options.get("threads") or preset.threads, _cores()),
             device=args.device,
             out=out,
             cache=cache_folder(),
-            data_root=args.data_root,
+            data_root=_data_root(args.data_root, name),
             split_seed=args.split_seed,
             workers=args.workers or min(_cores(), MOST_WORKERS),
             overrides=presets.parse_overrides(args.settings),
+            columns=table.columns if table else (),
+            slides=slides,
         )
         for name in names
     ]
 
 
-def _announce(request: "Request", progress: "Progress", todo: "Sequence[Cell]") -> None:
-    def text(arch: tuple[str, int | None]) -> str:
-        return arch[0] if arch[1] is None else f"{arch[0]} (width {arch[1]})"
-
-    progress.log(
-        f"{request.dataset}, preset {request.preset.name}: {request.image_size} px, distils on {text(request.distill_arch)}, "
-        f"evaluates on {', '.join(map(text, request.archs))}; ipc {', '.join(map(str, request.ipc))}; "
-        f"{request.seeds} x {request.eval_seeds} seeds; {len(todo)} cells; {request.threads} threads; results in {request.out}"
-    )
-
-
 def _run(args: argparse.Namespace) -> int:
-    from histodd_bench.tables import SlideTable, get_table
+    from histodd_bench.tables import TABLES, get_table
 
-    table = get_table(args.table)
-    out = args.out or Path("runs") / table.name
-    requests = make_requests(args, table, out)
+    names = list(TABLES) if args.table == "all" else [n.strip() for n in args.table.split(",")]
+    tables = [get_table(name) for name in names]
+    out = args.out or Path("runs") / (tables[0].name if len(tables) == 1 else "all")
+    requests = {table.name: make_requests(args, table, out) for table in tables}
 
-    from histodd_bench import experiment, results
     from histodd_bench.files import only_writer
     from histodd_bench.progress import Progress
+    from histodd_bench.running import possible, project_table, run_table
 
     if args.dry_run:
-        if isinstance(table, SlideTable):
-            raise UsageError(
-                f"--dry-run does not cover {table.name}: 'distill-slides --slides NAME' shows what one slide takes"
-            )
-        from histodd_bench.projection import project
-
         with Progress() as progress:
-            for request in requests:
-                print(project(experiment.Experiment(request, progress)), end="")
+            for table in tables:
+                print(
+                    (f"{table.name}\n" if len(tables) > 1 else "")
+                    + project_table(table, requests[table.name], progress),
+                    end="",
+                )
         return 0
     with only_writer(out), Progress() as progress:
-        if isinstance(table, SlideTable):
-            from importlib import import_module
-
-            for request in requests:
-                results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
-            import_module(table.runner).run(args, table, requests, progress)
-        for request in () if isinstance(table, SlideTable) else requests:
-            todo = experiment.cells(request)
-            _announce(request, progress, todo)
-            results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
-            current = experiment.Experiment(request, progress)
-            progress.log(current.budget())
-            experiment.run(current, todo)
-    for line in _write_tables(table, out):
-        print(line, file=sys.stderr)
-    return _show(argparse.Namespace(table=table.name, out=out, format="rich", predictions=False, dataset=args.dataset,
-                                    methods=None, archs=None, ipc=None))  # fmt: skip
-
-
-def _grids(table: "Table", records: "list[Record]", plan: Any) -> "list[Grid]":
-    """The table's grids, from its own module where it is a slide-level one."""
-    from histodd_bench import layout
-    from histodd_bench.tables import SlideTable
-
-    if isinstance(table, SlideTable):
-        from importlib import import_module
-
-        module, _, name = table.layout.partition(":")
-        found: list[Grid] = getattr(import_module(module), name)(table, records, plan)
-        return found
-    return layout.grids(table, records, plan)
+        finished = []
+        for table in tables:
+            asked = requests[table.name]
+            if args.table == "all":
+                asked = possible(table, asked, progress)
+            if asked:
+                run_table(table, asked, out, progress)
+                _write_tables(table, out)
+                finished.append(table)
+    files = ", ".join(f"{finished[0].name}.{suffix}" for suffix in ("md", "tex", "csv"))
+    print(f"{out}: {files}; records/ one per cell, sets/ the patches, sheets/ their pictures; 'report {out}' makes a page of it",
+          file=sys.stderr)  # fmt: skip
+    for table in finished:
+        shown = args.dataset if table.kind in ("cells", "slides") else None
+        _show(argparse.Namespace(table=table.name, out=out, format="rich", predictions=False, dataset=shown,
+                                 methods=None, archs=None, ipc=None))  # fmt: skip
+    return 0
 
 
-def _write_tables(table: "Table", out: Path) -> list[str]:
-    """Markdown, LaTeX and CSV files of everything in ``out``; one line that says where."""
-    from histodd_bench import render, results
+def _write_tables(table: "Table", out: Path) -> None:
+    """Markdown, LaTeX and CSV files of everything that ``out`` holds of a table."""
+    from histodd_bench import layout, render, results
     from histodd_bench.files import write_text
 
     records, _ = results.read_records(out)
-    made = _grids(table, records, results.read_plan(out).get(table.name))
+    plan = results.read_plan(out)
+    made = layout.grids(table, records, plan.get(table.name), results.claimed(plan, but=table.name))
     for name, suffix in render.FILES.items():
         write_text(out / f"{table.name}.{suffix}", render.FORMATS[name](made))
-    files = ", ".join(f"{table.name}.{suffix}" for suffix in render.FILES.values())
-    return [f"{out}: {files}; records/ one per cell, sets/ the patches, sheets/ their pictures"]
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -169,14 +162,15 @@ def _show(args: argparse.Namespace) -> int:
         raise unknown_name("format", args.format, FORMATS)
     out = args.out or Path("runs") / table.name
 
-    from histodd_bench import render, results
+    from histodd_bench import layout, render, results
 
     if not out.is_dir():
         raise HistoddError(f"no results in {out}: 'run {table.name}' computes them, --out names another folder")
     records, ignored = results.read_records(out)
     for line in ignored:
         print(line, file=sys.stderr)
-    plan: dict[str, Any] = dict(results.read_plan(out).get(table.name, {}))
+    whole_plan = results.read_plan(out)
+    plan: dict[str, Any] = dict(whole_plan.get(table.name, {}))
     if args.ipc:
         plan = {name: {**asked, "ipc": list(args.ipc)} for name, asked in plan.items()}
     archs = {a.partition(":")[0] for a in args.archs or ()}
@@ -184,14 +178,14 @@ def _show(args: argparse.Namespace) -> int:
         r
         for r in records
         if (not args.dataset or r["dataset"] in args.dataset)
-        and (not args.methods or r["method"] in args.methods)
+        and (not args.methods or r["method"] in (*args.methods, "none"))
         and (not archs or r["arch"] in archs)
         and (not args.ipc or r["ipc"] is None or r["ipc"] in args.ipc)
     ]
     if args.format == "json":
         print(render.as_json(records, predictions=args.predictions), end="")
         return 0
-    made = _grids(table, records, plan)
+    made = layout.grids(table, records, plan, results.claimed(whole_plan, but=table.name))
     if not made:
         print(f"no results in {out} yet: 'run {table.name}' computes them", file=sys.stderr)
         return 0
@@ -286,11 +280,34 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from histodd_bench import report
+
+    target = args.out
+    print(report.follow(args.run, target, seconds=args.every) if args.follow else report.write_report(args.run, target))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    if args.format not in ("rich", "markdown", "csv", "json"):
+        raise unknown_name("format", args.format, ("rich", "markdown", "csv", "json"))
+    from histodd_bench import compare
+
+    print(compare.FORMATS[args.format](compare.compare(args.run_a, args.run_b)), end="")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from histodd_bench.doctor import report
 
     print(report(cache_folder()), end="")
     return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from histodd_bench.profile.command import run_profile
+
+    return run_profile(args, args.threads or _cores())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -301,6 +318,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "distill-slides": _distill_slides,
     "select": _make,
     "evaluate": _evaluate,
+    "report": _report,
+    "compare": _compare,
+    "profile": _profile,
     "doctor": _doctor,
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.files import read_state, save_state
+from histodd_bench.memory import peak_memory
 from histodd_bench.models import build
 from histodd_bench.sets import to_uint8
 from histodd_bench.stain import Preprocessing
@@ -21,6 +22,7 @@ from histodd_bench.training import Trainer, TrainRecipe, predict
 
 _CHECKPOINT_SECONDS = 20.0  # a training shorter than this is simply done again
 _STORAGE_SAMPLE = 2000  # patches encoded to estimate the size of a larger set
+_LOADING_PASSES = 3  # over the set, to time loading alone
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,17 @@ class Evaluation:
     Attributes:
         probabilities: ``[N,C]`` float32, of every test patch, after the last epoch.
         metrics: ``accuracy``, ``balanced_accuracy``, ``auc`` (macro, one against rest) as fractions (NaN where the test
-            set cannot define them), ``epoch_seconds`` (median after the first epoch), ``train_seconds``, ``epochs``,
-            ``steps``, ``final_loss``.
+            set cannot define them), ``epoch_seconds`` (median after the first epoch, which warms up; device synchronised,
+            loading included), ``train_seconds``, ``epochs``, ``steps``, ``final_loss``.
+        seconds: ``loading``: reading an epoch's patches and moving them to the device, measured alone after the training
+            (median of three passes); ``computing``: ``epoch_seconds`` less that.
+        peak_bytes: memory at the peak of the training, see :func:`histodd_bench.memory.peak_memory`.
     """
 
     probabilities: Tensor
     metrics: dict[str, float]
+    seconds: dict[str, float]
+    peak_bytes: int | None
 
 
 def evaluate(
@@ -67,29 +74,50 @@ def evaluate(
     loss, saved = float("nan"), time.monotonic()
     if checkpoint is not None and checkpoint.exists():
         trainer.load_state_dict(read_state(checkpoint))
-    while not trainer.done:
-        loss = trainer.run_epoch()
-        if on_epoch:
-            on_epoch(trainer.step, trainer.total_steps, loss)
-        if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS and not trainer.done:
-            save_state(checkpoint, trainer.state_dict())
-            saved = time.monotonic()
+    with peak_memory(trainer.device) as peak:
+        while not trainer.done:
+            loss = trainer.run_epoch()
+            if on_epoch:
+                on_epoch(trainer.step, trainer.total_steps, loss)
+            if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS and not trainer.done:
+                save_state(checkpoint, trainer.state_dict())
+                saved = time.monotonic()
     logits = predict(model, test, preprocessing, stain=recipe.stain_test, device=device)
     probabilities = logits.softmax(1)
     seconds = trainer.epoch_seconds[1:] or trainer.epoch_seconds
+    epoch, loading = median(seconds) if seconds else float("nan"), loading_seconds(trainer)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return Evaluation(
         probabilities,
         compute_metrics(probabilities, test.labels)
         | {
-            "epoch_seconds": median(seconds) if seconds else float("nan"),
+            "epoch_seconds": epoch,
             "train_seconds": sum(trainer.epoch_seconds),
             "epochs": trainer.epoch,
             "steps": trainer.step,
             "final_loss": loss,
         },
+        {"loading": loading, "computing": max(epoch - loading, 0.0)},
+        peak[0],
     )
+
+
+def loading_seconds(trainer: Trainer) -> float:
+    """Seconds of one epoch's loading alone: every patch read once, in shuffled batches, and moved to the device."""
+
+    def once() -> float:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        start = time.perf_counter()
+        for indices in torch.randperm(len(trainer.train), generator=order).split(trainer.recipe.batch_size):
+            trainer.train.images[indices].to(trainer.device)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter() - start
+
+    order = torch.Generator().manual_seed(0)
+    return median(once() for _ in range(_LOADING_PASSES))
 
 
 def compute_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

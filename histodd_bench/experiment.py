@@ -4,99 +4,47 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from histodd_bench import environment, presets, results, sets, tuning
+from histodd_bench import environment, presets, results, sets
 from histodd_bench.contact_sheet import contact_sheet
 from histodd_bench.data import PatchSet, load_dataset
+from histodd_bench.data.parts import part_of, split_name
 from histodd_bench.environment import configure, own_random
 from histodd_bench.errors import HistoddError
 from histodd_bench.evaluate import evaluate, storage
 from histodd_bench.files import digest
+from histodd_bench.memory import peak_memory
 from histodd_bench.methods import MethodEntry, method_entry
 from histodd_bench.models import ModelPool, PoolRecipe
 from histodd_bench.parallel import pieces, run_parallel
 from histodd_bench.progress import Progress
-from histodd_bench.request import Cell, Request, cells
+from histodd_bench.request import Cell, Changes, Request, cells
 from histodd_bench.stain import Preprocessing, describe
+from histodd_bench.stain_policy import STAIN_POLICIES, StainPolicy, resolve_stain
+from histodd_bench.stain_pre import normalised
 from histodd_bench.stopwatch import stopwatch
+from histodd_bench.tables.declaration import Times
 from histodd_bench.training import TrainRecipe
 
-__all__ = ["Cell", "Experiment", "Made", "Request", "StainPolicy", "cells", "resolve_stain", "run"]
+__all__ = ["STAIN_POLICIES", "Cell", "Experiment", "Made", "Request", "StainPolicy", "cells", "resolve_stain", "run"]
 
 SETS, WORK, SHEETS = "sets", "work", "sheets"
 
 
 @dataclass(frozen=True)
-class StainPolicy:
-    """How stains are handled, by every method alike.
-
-    Attributes:
-        train: probability that a training patch (and a draw of the Siamese augmentation) is normalised to the template.
-        test: whether patches are normalised when a network is scored.
-        chosen: how this was decided, in words.
-        scores: what decided it, by policy; empty when the user did.
-    """
-
-    train: float
-    test: bool
-    chosen: str = "set on the command line"
-    scores: dict[str, float] = field(default_factory=dict)
-
-    def describe(self) -> dict[str, Any]:
-        """As it stands in records."""
-        return dataclasses.asdict(self)
-
-
-STAIN_POLICIES = {"off": (0.0, False), "half": (0.5, False), "on": (1.0, True)}
-
-
-def resolve_stain(experiment: "Experiment") -> StainPolicy:
-    """The stain policy that ``--stain``, ``--set`` or the preset names; ``auto`` is decided on training slides only.
-
-    The decision uses the preset's first network and number of images per class, not those asked for: a part of a table
-    has the policy of the whole table.
-    """
-    request = experiment.request
-    fields = request.overrides.get("eval", {})
-    if {"stain_train", "stain_test"} <= fields.keys():
-        return StainPolicy(
-            fields["stain_train"], fields["stain_test"], chosen="--set eval.stain_train, eval.stain_test"
-        )
-    if request.stain != "auto":
-        policy = StainPolicy(*STAIN_POLICIES[request.stain], chosen=f"--stain {request.stain}")
-    else:
-        arch, width = presets.parse_arch(request.preset.archs[0], request.preset.widths)
-        choice = tuning.choose_stain(
-            experiment.dataset.train,
-            STAIN_POLICIES,
-            ipc=request.preset.ipc[0],
-            arch=arch,
-            width=width,
-            recipe=presets.build(TrainRecipe, request.preset.eval, fields),
-            preprocessing=experiment.preprocessing,
-            device=experiment.device,
-            cache=request.cache / "choices",
-            progress=experiment.progress,
-        )
-        chosen = f"auto: chosen on training slides only, {choice.n} splits, balanced accuracy of {arch}"
-        policy = StainPolicy(*STAIN_POLICIES[choice.name], chosen=chosen, scores=choice.scores)
-    named = {name.removeprefix("stain_"): fields[name] for name in ("stain_train", "stain_test") if name in fields}
-    return dataclasses.replace(policy, **named)
-
-
-@dataclass(frozen=True)
 class Made:
-    """A set ready to be evaluated: its patches, its folder's name (None for the whole training set), seconds it took."""
+    """A set ready to be evaluated: its patches, its folder's name (None for the whole training set), what it took."""
 
     patches: PatchSet
     name: str | None
     seconds: dict[str, float]
+    peak_bytes: int | None = None
 
 
 class Experiment:
@@ -105,8 +53,9 @@ class Experiment:
     def __init__(self, request: Request, progress: Progress) -> None:
         self.request, self.progress = request, progress
         self.device = configure(request.device, request.threads)
+        name, part = split_name(request.dataset)
         self.dataset = load_dataset(
-            request.dataset,
+            name,
             root=request.data_root,
             image_size=request.image_size,
             seed=request.split_seed,
@@ -114,6 +63,8 @@ class Experiment:
             workers=request.workers,
             progress=progress,
         )
+        if part is not None:
+            self.dataset = part_of(self.dataset, part)
         for note in self.dataset.notes:
             progress.log(f"{request.dataset}: {note}")
         train = self.dataset.train
@@ -121,7 +72,8 @@ class Experiment:
         train.require(max(request.ipc, default=1) if budgeted else 1)
         if len(self.dataset.test) == 0:
             raise HistoddError(f"{request.dataset} has no test patches")
-        self._methods: dict[tuple[str, int | None], Any] = {}
+        self._methods: dict[tuple[Any, ...], Any] = {}
+        self._normalised: tuple[PatchSet, Preprocessing] | None = None
 
     # ---- what follows from the request -----------------------------------------------------------------------------
 
@@ -133,43 +85,73 @@ class Experiment:
     @cached_property
     def recipe(self) -> TrainRecipe:
         """The evaluation recipe, stain policy included; a field set on the command line wins over the policy."""
+        return self.recipe_of(())
+
+    def recipe_of(self, changes: Changes) -> TrainRecipe:
+        """:attr:`recipe` with what a column fixes."""
         policy = {"stain_train": self.stain.train, "stain_test": self.stain.test}
-        return presets.build(TrainRecipe, self.request.preset.eval, policy, self.request.overrides.get("eval", {}))
+        layers = (self.request.preset.eval, policy, self.request.overrides.get("eval", {}))
+        return _changed(presets.build(TrainRecipe, *layers), "eval", changes)
 
     @cached_property
     def pool_recipe(self) -> PoolRecipe:
         """Which networks distillation matches, and how they are pre-trained."""
+        return self.pool_recipe_of(())
+
+    def pool_recipe_of(self, changes: Changes) -> PoolRecipe:
+        """:attr:`pool_recipe` with what a column fixes."""
         arch, width = self.request.distill_arch
         fixed = {"arch": arch, "width": width, "image_size": self.request.image_size}
         policy = {"stain_train": self.stain.train, "stain_test": self.stain.test}
-        return presets.build(
-            PoolRecipe, fixed, policy, self.request.preset.pool, self.request.overrides.get("pool", {})
-        )
+        layers = (fixed, policy, self.request.preset.pool, self.request.overrides.get("pool", {}))
+        return _changed(presets.build(PoolRecipe, *layers), "pool", changes)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """Channel statistics and stain template of the training set, for every network."""
         return describe(self.dataset.train)
 
-    def pool(self) -> ModelPool:
+    def training_data(self, changes: Changes = ()) -> tuple[PatchSet, Preprocessing]:
+        """Training patches and their description: as loaded, or stain-normalised beforehand where a column asks for it."""
+        if ("data", "stain_pre", True) not in changes:
+            return self.dataset.train, self.preprocessing
+        if self._normalised is None:
+            train = normalised(
+                self.dataset.train,
+                self.preprocessing.template,
+                cache=self.request.cache / "data",
+                progress=self.progress,
+            )
+            now = describe(train)
+            template = {"template": self.preprocessing.template, "template_index": self.preprocessing.template_index}
+            self._normalised = train, dataclasses.replace(now, **template)  # type: ignore[arg-type]
+        return self._normalised
+
+    def pool(self, changes: Changes = ()) -> ModelPool:
         """The pre-trained networks; trained on first use, cached. A new one counts the seconds behind its networks anew."""
+        train, preprocessing = self.training_data(changes)
         return ModelPool(
-            self.dataset.train,
-            self.pool_recipe,
+            train,
+            self.pool_recipe_of(changes),
             cache=self.request.cache / "pools",
             device=self.device,
             progress=self.progress,
-            preprocessing=self.preprocessing,
+            preprocessing=preprocessing,
         )
 
-    def method(self, name: str, ipc: int | None) -> Any:
-        """A method with the fields of preset, stain policy and command line."""
-        if (name, ipc) not in self._methods:
+    def method(self, name: str, ipc: int | None, changes: Changes = ()) -> Any:
+        """A method with the fields of preset, stain policy, command line and column."""
+        own = tuple(c for c in changes if c[0] == name)
+        if (name, ipc, *own) not in self._methods:
             entry, request = method_entry(name), self.request
             policy = {"stain_probability": self.stain.train} if _has(entry.cls, "stain_probability") else {}
-            layers = (policy, request.preset.method_fields(name, ipc, request.dataset), request.overrides.get(name, {}))
-            self._methods[name, ipc] = presets.build(entry.cls, *layers)
-        return self._methods[name, ipc]
+            layers = (
+                policy,
+                request.preset.method_fields(name, ipc, split_name(request.dataset)[0]),
+                request.overrides.get(name, {}),
+            )
+            self._methods[name, ipc, *own] = _changed(presets.build(entry.cls, *layers), name, own)
+        return self._methods[name, ipc, *own]
 
     def budget(self) -> str:
         """One line: what is trained for how long."""
@@ -183,60 +165,67 @@ class Experiment:
 
     # ---- configurations: everything a result depends on --------------------------------------------------------------
 
-    def _shared(self) -> dict[str, Any]:
+    def _shared(self, changes: Changes = ()) -> dict[str, Any]:
         data = {
             "name": self.request.dataset,
-            "train": self.dataset.train.fingerprint(),
+            "train": self.training_data(changes)[0].fingerprint(),
             "image_size": self.request.image_size,
             "split_seed": self.request.split_seed,
+            **{name: value for section, name, value in changes if section == "data"},
         }
         return {"data": data, "threads": self.request.threads, "device": self.device.type}
 
-    def set_config(self, name: str, ipc: int | None, seed: int | None) -> dict[str, Any]:
+    def set_config(self, name: str, ipc: int | None, seed: int | None, changes: Changes = ()) -> dict[str, Any]:
         """What the set of a method depends on."""
         entry = method_entry(name)
         made = {
             "method": name,
             "version": getattr(sys.modules[entry.cls.__module__], "VERSION", 1),
-            "fields": _json(dataclasses.asdict(self.method(name, ipc))),
+            "fields": _json(dataclasses.asdict(self.method(name, ipc, changes))),
             "ipc": ipc,
             "seed": seed,
-            "pool": _json(dataclasses.asdict(self.pool_recipe)) if entry.pooled else None,
+            "pool": _json(dataclasses.asdict(self.pool_recipe_of(changes))) if entry.pooled else None,
         }
-        return {**self._shared(), "set": made}
+        return {**self._shared(changes), "set": made}
+
+    def set_key(self, cell: Cell) -> str:
+        """The same for cells that share a set: they are computed by one process."""
+        return digest(self.set_config(cell.method, cell.ipc, cell.distill_seed, cell.changes))
 
     def evaluation_config(self, cell: Cell, made: dict[str, Any]) -> dict[str, Any]:
         """What a record of a set depends on, given what the set depends on."""
-        config = self._shared()
+        config = self._shared(cell.changes)
         config["data"]["test"] = self.dataset.test.fingerprint()
         config["set"] = made
-        recipe = _json(dataclasses.asdict(self.recipe))
+        recipe = _json(dataclasses.asdict(self.recipe_of(cell.changes)))
         config["eval"] = {"arch": cell.arch, "width": cell.width, "seed": cell.eval_seed, **recipe}
         return config
 
     def cell_config(self, cell: Cell) -> dict[str, Any]:
         """What the record of a cell depends on."""
-        return self.evaluation_config(cell, self.set_config(cell.method, cell.ipc, cell.distill_seed)["set"])
+        made = self.set_config(cell.method, cell.ipc, cell.distill_seed, cell.changes)
+        return self.evaluation_config(cell, made["set"])
 
     # ---- work --------------------------------------------------------------------------------------------------------
 
-    def make(self, name: str, ipc: int | None, seed: int | None) -> Made:
+    def make(self, name: str, ipc: int | None, seed: int | None, changes: Changes = ()) -> Made:
         """The set of a method, made now or read from where an earlier run saved it."""
         entry = method_entry(name)
         if entry.whole:
-            return Made(self.dataset.train, None, {})
+            return Made(self.training_data(changes)[0], None, {})
         assert ipc is not None and seed is not None
-        key = digest(self.set_config(name, ipc, seed))
+        config = self.set_config(name, ipc, seed, changes)
+        key = digest(config)
         title = f"{self.request.dataset}-{name}-ipc{ipc}-s{seed}-{key[:12]}"
         folder, workdir = self.request.out / SETS / title, self.request.out / WORK / title
         saved = self._saved(folder, key)
         if saved is None:
-            saved = self._make(entry, name, ipc, seed, key, folder, workdir)
+            saved = self._make(entry, config, changes, folder, workdir)
         shutil.rmtree(workdir, ignore_errors=True)
         sheet = self.request.out / SHEETS / f"{title}.png"
         if not sheet.exists():
             contact_sheet(saved.patches, sheet, before=saved.initial if entry.synthetic else None)
-        return Made(saved.patches, title, saved.seconds)
+        return Made(saved.patches, title, saved.seconds, saved.card.get("peak_memory_bytes"))
 
     def _saved(self, folder: Path, key: str) -> sets.SavedSet | None:
         if not folder.exists():
@@ -249,13 +238,19 @@ class Experiment:
         return saved if saved.card.get("key") == key else None
 
     def _make(
-        self, entry: MethodEntry, name: str, ipc: int, seed: int, key: str, folder: Path, workdir: Path
+        self, entry: MethodEntry, config: dict[str, Any], changes: Changes, folder: Path, workdir: Path
     ) -> sets.SavedSet:
-        method, train = self.method(name, ipc), self.dataset.train
-        pool = self.pool()
+        name, ipc, seed = (config["set"][part] for part in ("method", "ipc", "seed"))
+        key = digest(config)
+        method, (train, preprocessing) = self.method(name, ipc, changes), self.training_data(changes)
+        pool = self.pool(changes)
         if entry.synthetic:  # a pool shared by all sets: trained before the clock starts
             pool.prepare()
-        with stopwatch(workdir, lambda: pool.spent.here) as seconds, own_random(key):
+        with (
+            peak_memory(self.device) as peak,
+            stopwatch(workdir, lambda: pool.spent.here) as seconds,
+            own_random(key),
+        ):
             made = method(train, ipc, pool, seed, device=self.device, workdir=workdir, progress=self.progress)
         if made.classes != train.classes or made.class_counts() != [ipc] * train.num_classes:
             raise HistoddError(
@@ -269,16 +264,18 @@ class Experiment:
             "ipc": ipc,
             "seed": seed,
             "key": key,
-            "config": self.set_config(name, ipc, seed),
+            "config": config,
             "stain": self.stain.describe(),
-            "preprocessing": _json(dataclasses.asdict(self.preprocessing)),
+            "preprocessing": _json(dataclasses.asdict(preprocessing)),
             "seconds": {"method": seconds[0], "networks": pool.spent.total, "total": seconds[0] + pool.spent.total},
+            "peak_memory_bytes": peak[0],
         }
         return sets.save(made, folder, results.finite(card), workdir=workdir)
 
     def cell(self, cell: Cell) -> results.Record:
         """Compute one cell."""
-        return self.score(cell, self.cell_config(cell), self.make(cell.method, cell.ipc, cell.distill_seed))
+        made = self.make(cell.method, cell.ipc, cell.distill_seed, cell.changes)
+        return self.score(cell, self.cell_config(cell), made)
 
     def score(self, cell: Cell, config: dict[str, Any], made: Made) -> results.Record:
         """Train on a set, score it on the test patches, and describe both in a record."""
@@ -297,8 +294,8 @@ class Experiment:
                 self.dataset.test,
                 arch=cell.arch,
                 width=cell.width,
-                recipe=self.recipe,
-                preprocessing=self.preprocessing,
+                recipe=self.recipe_of(cell.changes),
+                preprocessing=self.training_data(cell.changes)[1],
                 seed=cell.eval_seed,
                 device=self.device,
                 on_epoch=on_epoch,
@@ -315,7 +312,8 @@ class Experiment:
             "config": config,
             "metrics": dict(score.metrics),
             "storage": self.storage(made),
-            "seconds": made.seconds,
+            "seconds": {**made.seconds, **score.seconds},
+            "memory": {"making": made.peak_bytes, "training": score.peak_bytes},
             "stain": self.stain.describe(),
             "set": made.name,
             "data": self.data_facts,
@@ -355,7 +353,7 @@ class Experiment:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Where a record was computed."""
-        return environment.describe(self.device)
+        return {**environment.describe(self.device), "workers": self.request.workers}
 
 
 def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
@@ -370,8 +368,11 @@ def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
     for path in results.leftovers(out):
         path.unlink(missing_ok=True)
     finished = {r["key"] for r in records}
-    keys = {cell: results.key_of(experiment.cell_config(cell)) for cell in todo}
-    missing = [cell for cell in todo if keys[cell] not in finished]
+    by_key: dict[str, Cell] = {}  # two columns may ask for the same cell
+    for cell in todo:
+        by_key.setdefault(results.key_of(experiment.cell_config(cell)), cell)
+    todo = list(by_key.values())
+    missing = [cell for key, cell in by_key.items() if key not in finished]
     if len(missing) < len(todo):
         progress.log(
             f"{experiment.request.dataset}: {len(todo) - len(missing)} of {len(todo)} cells are finished already"
@@ -379,13 +380,20 @@ def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
     request = experiment.request
     with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
         if request.workers > 1 and len(missing) > 1 and experiment.device.type == "cpu":
-            work = pieces(missing, experiment.pool_recipe.networks)
+            work = pieces(missing, experiment.pool_recipe.networks, experiment.set_key)
             run_parallel(request, work, request.workers, progress, lambda: task.advance())
         else:
             for cell in missing:
                 results.write_record(out, experiment.cell(cell))
                 task.advance()
     return len(missing)
+
+
+def _changed(built: Any, section: str, changes: Changes) -> Any:
+    """A dataclass with what a column fixes in its section; relative values follow from those it has."""
+    fields = {name: value for where, name, value in changes if where == section}
+    now = {name: v.of(getattr(built, name)) if isinstance(v, Times) else v for name, v in fields.items()}
+    return dataclasses.replace(built, **now) if now else built
 
 
 def _has(cls: type[Any], name: str) -> bool:

@@ -1,17 +1,19 @@
-"""From records to grids of cells: which rows and columns a table has, and the notes below it. No format, no computing."""
+"""From records to grids of cells: which rows and columns a table has. No format, no computing."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import pandas as pd
 
-from histodd_bench import paper, results
+from histodd_bench import bootstrap, paper, results
 from histodd_bench.methods import all_methods
+from histodd_bench.notes import notes
 from histodd_bench.results import Record
-from histodd_bench.tables import Column, Metric, Table
+from histodd_bench.tables import Metric, SlideTable, Table, Times
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Value:
 
     Attributes:
         metric: how it is printed.
-        best: the best of its row.
+        best: the best of those it competes with.
         times: how many times smaller than the whole training set's; None where that says nothing.
         printed: the paper's text, where the number is the paper's.
     """
@@ -34,23 +36,43 @@ class Value:
     printed: paper.Printed | None = None
 
 
-Cell = Value | str | None  # None: nothing there yet
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its 95 % interval, in the metric's unit, and the column it is the difference to."""
+
+    value: float
+    low: float
+    high: float
+    against: str
+
+
+Cell = Value | Interval | str | None  # None: nothing there yet
 
 
 @dataclass
 class Row:
-    """One row: the block it belongs to, images per class, Ratio%, and a cell for each column."""
+    """One row: the block it belongs to, its label, images per class, Ratio%, and a cell for each column."""
 
     block: str
     ipc: str
     ratio: str
     cells: list[Cell]
     source: str = "ours"
+    label: str = ""
+
+
+Points = dict[int | None, dict[str, Value]]  # images per class -> key of a metric -> number
 
 
 @dataclass
 class Grid:
-    """One table of one data set, protocol and network."""
+    """One table of one data set and protocol, and of one network unless networks stand side by side.
+
+    Attributes:
+        head: of the column of labels; empty where rows have none.
+        budgets: whether rows are about images per class.
+        series: the numbers for plots, by panel (network or row, where there are several) and name of the line.
+    """
 
     title: str
     dataset: str
@@ -58,116 +80,309 @@ class Grid:
     columns: list[str]
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    head: str = ""
+    budgets: bool = True
+    series: dict[str, dict[str, Points]] = field(default_factory=dict)
+
+
+Asked = Mapping[str, Any]  # what the plan says of one table and data set
 
 
 def grids(
-    table: Table, records: Sequence[Record], plan: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
+    table: Table,
+    records: Sequence[Record],
+    plan: Mapping[str, Asked] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> list[Grid]:
-    """The grids of a table: one for each data set, protocol (what results must share to be compared) and network."""
-    frame = results.to_frame(records)
+    """The grids of a table: one for each data set, protocol (what results must share to be compared) and network.
+
+    Args:
+        table: the declaration.
+        records: of any tables.
+        plan: data set -> what was asked of this table, see :func:`histodd_bench.results.write_plan`.
+        elsewhere: keys of records that only other tables asked for.
+    """
+    plan = plan or {}
+    if table.kind == "statistics":
+        return [_statistics(table, name, asked["facts"]) for name, asked in plan.items() if "facts" in asked]
+    if isinstance(table, SlideTable):
+        module, _, name = table.layout.partition(":")
+        slide_level: list[Grid] = getattr(import_module(module), name)(table, records, plan)
+        return slide_level
+    placed = [(r, row, title) for r in records if r["key"] not in elsewhere for row, title in _places(table, r, plan)]
+    frame = results.to_frame([r for r, _, _ in placed])
+    frame["row"], frame["title"] = [row for _, row, _ in placed], [title for _, _, title in placed]
+    varied, other_data = table.varied("eval"), bool(table.varied("data"))
+    frame["protocol"] = [results.protocol(r["config"], varied, other_data) for r, _, _ in placed]
+    _derive(frame)
+    by = ["dataset", "protocol", *(["arch", "width"] if table.across == "methods" else [])]
     made = []
-    for (dataset, _, arch, _), part in frame.groupby(["dataset", "protocol", "arch", "width"], dropna=False, sort=True):
-        rows = [r for r, keep in zip(records, frame.index.isin(part.index), strict=True) if keep]
-        made.append(_grid(table, str(dataset), str(arch), part, rows, (plan or {}).get(str(dataset), {})))
+    for (dataset, *_), part in frame.groupby(by, dropna=False, sort=True):
+        rows = {i: placed[i][0] for i in part.index}
+        made.append(_Builder(table, str(dataset), part.copy(), rows, plan.get(str(dataset), {})).grid())
     return made
 
 
-def _grid(
-    table: Table, dataset: str, arch: str, part: pd.DataFrame, records: list[Record], asked: Mapping[str, Sequence[Any]]
-) -> Grid:
-    config, data = records[0]["config"], records[0]["data"]
-    width = config["eval"].get("width")
-    label = f"{dataset} (procedural data)" if data["procedural"] else dataset
-    network = arch if width is None else f"{arch} (width {width})"
-    columns = _columns(table, part)
-    grid = Grid(f"{table.title}: {label}, {network}", dataset, network, [title for title, _ in columns])
-    budgets = sorted({int(i) for i in part["ipc"].dropna()} | {int(i) for i in asked.get("ipc", ())})
-    for metric in table.metrics:
-        if metric.key not in part.columns or part[metric.key].isna().all():
-            continue
-        whole = next((v for _, c in columns for v in [_value(c, None, metric)] if v is not None), None)
-        for i, ipc in enumerate(budgets or [None]):
-            cells: list[Cell] = [
-                _value(c, ipc, metric) or (_value(c, None, metric) if i == 0 else "") for _, c in columns
-            ]
-            cells = [_blank(c, column) for c, (_, column) in zip(cells, columns, strict=True)]
-            grid.rows.append(
-                Row(
-                    metric.title,
-                    "" if ipc is None else str(ipc),
-                    _ratio(ipc, data),
-                    _finish(cells, metric, whole, bool(ipc)),
-                )
-            )
-            if metric is table.metrics[0]:
-                grid.rows += _paper_row(table, dataset, metric, ipc, i == 0, grid.columns)
-    grid.notes = _notes(table, records, part)
-    return grid
+def _places(table: Table, record: Record, plan: Mapping[str, Asked]) -> list[tuple[str, str]]:
+    """Where a record stands: as the plan says, or in every column whose method and fields it has."""
+    asked = plan.get(record["dataset"], {}).get("cells", {}).get(record["key"])
+    if asked:
+        return [(row, title) for row, title in asked]
+    method, config = record["method"], record["config"]
+    if "level" in config:  # of a slide-level table
+        return []
+    stages = config["set"].get("stages")
+    if (stages is not None) != (table.kind == "sequence"):
+        return []
+    if method not in {c.method for c in table.columns}:
+        known = all_methods()
+        return [("", known[method].title if method in known else method)]
+    if stages is not None:
+        row = stage_row(stages, record["dataset"].split(SEQUENCE))
+        return [(row, c.title) for c in table.columns if c.method == method]
+    fields = config["set"].get("fields") or {}
+    sections = {method: fields, "pool": config["set"].get("pool") or {}, "eval": config["eval"], "data": config["data"]}
+    prepared = {k: config["data"][k] for k in table.varied("data") if k in config["data"]}
+    return [
+        (c.row.format(**fields) if "{" in c.row else c.row, c.title)
+        for c in table.columns
+        if c.method == method
+        and prepared == dict(c.fields.get("data", {}))
+        and all(_agrees(wanted, sections.get(s, {})) for s, wanted in c.fields.items())
+    ]
 
 
-def _columns(table: Table, part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Titles and records of the columns: the table's, then other methods; several variants of one stand side by side."""
-    declared = list(table.columns)
-    named = {c.method for c in declared}
-    known = all_methods()
-    declared += [Column(known[m].title if m in known else m, m) for m in sorted(set(part["method"]) - named)]
-    columns = []
-    for column in declared:
-        rows = part[part["method"] == column.method]
-        if column.fields:
-            wanted = {k: json.loads(json.dumps(v)) for k, v in column.fields.items()}
-            rows = rows[[wanted.items() <= json.loads(v).items() for v in rows["variant"]]]
-        labels = pd.Series("", index=rows.index)
-        for _, same in rows.groupby("ipc", dropna=False):
+def _agrees(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    plain = {k: json.loads(json.dumps(v)) for k, v in wanted.items() if not isinstance(v, Times)}
+    return all(k in found and found[k] == v for k, v in plain.items())
+
+
+def _derive(frame: pd.DataFrame) -> None:
+    """``derived.epochs_to_pay``: seconds of making a set over what it saves in every epoch of training this network."""
+    frame["derived.epochs_to_pay"] = math.nan
+    needed = {"seconds.total", "metrics.epoch_seconds"}
+    if not needed <= set(frame.columns):
+        return
+    for _, part in frame.groupby(["dataset", "protocol", "arch", "width"], dropna=False):
+        whole = part[part["ipc"].isna()]["metrics.epoch_seconds"].astype(float).mean()
+        saved = (whole - part["metrics.epoch_seconds"].astype(float)).where(lambda s: s > 0)
+        frame.loc[part.index, "derived.epochs_to_pay"] = part["seconds.total"].astype(float) / saved
+
+
+class _Builder:
+    """Makes one grid from the part of the frame that belongs to it."""
+
+    def __init__(
+        self, table: Table, dataset: str, part: pd.DataFrame, records: Mapping[int, Record], asked: Asked
+    ) -> None:
+        self.table, self.dataset, self.part, self.records, self.asked = table, dataset, part, records, asked
+        self.first = next(iter(records.values()))
+        self.archs = table.across == "archs"
+        if self.archs:
+            row = part["row"].where(part["row"] == "", ", " + part["row"])
+            part["row"] = part["title"] + row
+            names = list(zip(part["arch"], part["width"], strict=True))
+            part["title"] = [network(a, None if pd.isna(w) else int(w)) for a, w in names]
+        self._tell_variants_apart()
+        self.rows, self.titles = self._labels("row"), self._labels("title")
+        self.budgets = sorted({int(i) for i in part["ipc"].dropna()} | {int(i) for i in asked.get("ipc", ())})
+        self.whole = {
+            (r, t) for (r, t), same in part.groupby(["row", "title"], sort=False) if same["ipc"].isna().all()
+        }  # fmt: skip
+        self.values: dict[tuple[str, int | None, str], dict[str, Value]] = {}
+        self.cell_records: dict[tuple[str, int | None, str], list[Record]] = {}
+        for (row, ipc, title), same in part.groupby(["row", "ipc", "title"], dropna=False, sort=False):
+            place = str(row), None if pd.isna(ipc) else int(ipc), str(title)
+            self.cell_records[place] = [records[i] for i in same.index]
+            self.values[place] = {m.key: v for m in table.metrics for v in [_value(same, m)] if v is not None}
+
+    def _tell_variants_apart(self) -> None:
+        """Several variants of one method at one place stand side by side, under what tells them apart."""
+        part, name = self.part, "row" if self.archs else "title"
+        labels = pd.Series("", index=part.index)
+        for _, same in part.groupby(["row", "title", "ipc"], dropna=False):
             variants = {text: json.loads(text) for text in same["variant"].unique()}
             differing = sorted(
                 {k for v in variants.values() for k in v if len({json.dumps(o.get(k)) for o in variants.values()}) > 1}
             )
             for text, fields in variants.items():
                 labels[same.index[same["variant"] == text]] = ", ".join(f"{k}={fields.get(k)}" for k in differing)
-        for text in sorted(labels.unique()) or [""]:
-            columns.append((f"{column.title} ({text})" if text else column.title, rows[labels == text]))
-    return columns
+        part["plain"] = part[name]
+        part[name] = part[name].where(labels == "", part[name] + " (" + labels + ")")
+
+    def _labels(self, name: str) -> list[str]:
+        """Rows or columns in order: as declared, each with its variants, then others."""
+        present = list(dict.fromkeys(self.part[name]))
+        if self.archs:
+            if name == "title":
+                order = list(self.asked.get("archs", ()))
+                return sorted(present, key=lambda t: order.index(t) if t in order else len(order))
+            declared = [c.title for c in self.table.columns]
+        elif name == "title":
+            declared = [c.title for c in self.table.columns]
+        else:
+            declared = self.asked.get("rows") or [c.row for c in self.table.columns if "{" not in c.row]
+        if name == "row" and not self.archs:
+            return list(dict.fromkeys([*declared, *present]))
+        plain = dict(zip(self.part[name], self.part["plain"], strict=True))
+        ordered: list[str] = []
+        for title in dict.fromkeys(declared):
+            ordered += sorted(t for t in present if plain[t] == title) or [title]
+        return ordered + sorted(t for t in present if t not in ordered)
+
+    def grid(self) -> Grid:
+        config, data = self.first["config"], self.first["data"]
+        label = f"{self.dataset} (procedural data)" if data["procedural"] else self.dataset
+        arch = "several networks" if self.archs else network(config["eval"]["arch"], config["eval"].get("width"))
+        title = f"{self.table.title}: {label}" + ("" if self.archs else f", {arch}")
+        made = Grid(title, self.dataset, arch, list(self.titles))
+        made.head = "Method" if self.archs else "" if self.rows == [""] else "Setting"
+        for metric in self.table.metrics:
+            if not any(metric.key in v for v in self.values.values()):
+                continue
+            made.rows += self._block(metric)
+            if metric.interval:
+                made.rows += self._intervals(metric)
+        paired = any(isinstance(c, Interval) for r in made.rows for c in r.cells)
+        made.notes = notes(self.table, self.dataset, list(self.records.values()), self.part, paired)
+        order = {name: i for i, name in enumerate([*self.rows, *self.titles])}
+        for (row, ipc, title), values in sorted(self.values.items(), key=lambda v: (order[v[0][2]], order[v[0][0]])):
+            panel, name = (title, row) if self.archs else (row, title)
+            made.series.setdefault(panel, {}).setdefault(name, {})[ipc] = values
+        return made
+
+    def _block(self, metric: Metric) -> list[Row]:
+        rows: list[Row] = []
+        for r, label in enumerate(self.rows):
+            budgets: list[int | None] = list(self.budgets) or [None]
+            if self.archs and all((label, t) in self.whole or (label, t) not in self._known for t in self.titles):
+                budgets = [None]
+            for i, ipc in enumerate(budgets):
+                cells = [self._cell(metric, label, ipc, title, i == 0) for title in self.titles]
+                if self.archs and all(c in ("", None) for c in cells) and label not in self._present:
+                    continue
+                ratio = "100" if self.archs and ipc is None else _ratio(ipc, self.first["data"])
+                rows.append(Row(metric.title, "" if ipc is None else str(ipc), ratio, cells, label=label))
+                rows += self._paper(metric, label, r == 0, ipc, i == 0)
+        return rows
+
+    @property
+    def _known(self) -> set[tuple[str, str]]:
+        return {(row, title) for row, _, title in self.values}
+
+    @property
+    def _present(self) -> set[str]:
+        return {row for row, _, _ in self.values}
+
+    def _cell(self, metric: Metric, row: str, ipc: int | None, title: str, first: bool) -> Cell:
+        value = self.values.get((row, ipc, title), {}).get(metric.key)
+        whole_set = self.values.get((row, None, title), {}).get(metric.key)
+        if value is None and first and not self.archs and whole_set is not None:
+            return whole_set
+        if value is None:
+            # Where a number means nothing (the whole set below its first row, its selection time) a cell is empty; else a gap.
+            return "" if (row, title) in self.whole or (row, ipc, title) in self.values else None
+        if ipc is None:
+            return value
+        whole = self._whole_value(metric, row, title)
+        times = whole.mean / value.mean if metric.times and whole is not None and value.mean > 0 else None
+        rivals = self._rivals(metric, row, ipc, title)
+        best = metric.best and len(rivals) > 1 and _shown(value.mean, metric) == _shown(max(rivals), metric)
+        return replace(value, best=best, times=times)
+
+    def _whole_value(self, metric: Metric, row: str, title: str) -> Value | None:
+        for place, values in self.values.items():
+            if place[1] is None and (place[2] == title if self.archs else place[0] == row) and metric.key in values:
+                return values[metric.key]
+        return None
+
+    def _rivals(self, metric: Metric, row: str, ipc: int, title: str) -> list[float]:
+        """Numbers of the methods that compete for being the best: those of the row, or of the network."""
+        return [
+            v[metric.key].mean
+            for (r, i, t), v in self.values.items()
+            if i == ipc and (t == title if self.archs else r == row) and metric.key in v
+        ]
+
+    def _intervals(self, metric: Metric) -> list[Row]:
+        """Every distilled set less the best coreset of the same budget (and network)."""
+        known = all_methods()
+
+        def kind(place: tuple[str, int | None, str]) -> str:
+            entry = known.get(self.cell_records[place][0]["method"])
+            return "" if entry is None or entry.whole else "distilled" if entry.synthetic else "coreset"
+
+        found: dict[tuple[str, int, str], Interval] = {}
+        for place in self.values:
+            row, ipc, title = place
+            if ipc is None or kind(place) != "distilled" or metric.key not in self.values[place]:
+                continue
+            rivals = [
+                p
+                for p, v in self.values.items()
+                if p[1] == ipc and kind(p) == "coreset" and metric.key in v
+                and (p[2] == title if self.archs else p[0] == row)
+            ]  # fmt: skip
+            if not rivals:
+                continue
+            best = max(rivals, key=lambda p: self.values[p][metric.key].mean)
+            name = metric.key.removeprefix("metrics.")
+            made = bootstrap.difference(self.cell_records[place], self.cell_records[best], name)
+            if made is not None and math.isfinite(made.low):
+                against, scale = best[0] if self.archs else best[2], metric.scale
+                found[row, ipc, title] = Interval(made.value * scale, made.low * scale, made.high * scale, against)
+        block = f"{metric.title.removesuffix(' %')}, points above the best coreset"
+        places = dict.fromkeys((row, ipc) for row, ipc, _ in found)
+        ordered = sorted(places, key=lambda p: (self.rows.index(p[0]), p[1]))
+        return [
+            Row(block, str(ipc), _ratio(ipc, self.first["data"]), [found.get((row, ipc, t), "") for t in self.titles], label=row)
+            for row, ipc in ordered
+        ]  # fmt: skip
+
+    def _paper(self, metric: Metric, label: str, first_row: bool, ipc: int | None, first: bool) -> list[Row]:
+        """The paper's numbers for this data set and budget, where it has them."""
+        table, cells = self.table, list[Cell]()
+        if self.archs:
+            if metric.key not in (table.metrics[0].key, "metrics.epoch_seconds") or label not in ("Histo-DD", "Full"):
+                return []
+            for title in self.titles:
+                both = table.paper_archs.get((self.dataset, ipc, title.partition(" ")[0]))
+                printed = Value(*both[0].value, 0, metric, printed=both[0]) if both else ""
+                cells.append(both[1] if both and metric.key == "metrics.epoch_seconds" else printed)
+        elif metric is table.metrics[0] and first_row and ipc is not None:
+            for title in self.titles:
+                number = table.paper.get((self.dataset, ipc, title))
+                number = number or (table.paper.get((self.dataset, None, title)) if first else None)
+                cells.append(Value(*number.value, 0, metric, printed=number) if number else "")
+        if not any(cells):
+            return []
+        ratio = table.paper_ratio.get((self.dataset, ipc), "") if ipc is not None else "100"
+        return [Row(metric.title, "" if ipc is None else str(ipc), ratio, cells, source="paper", label=label)]
 
 
-def _value(rows: pd.DataFrame, ipc: int | None, metric: Metric) -> Value | None:
-    chosen = rows[rows["ipc"].isna() if ipc is None else (rows["ipc"] == ipc).fillna(False)]
-    mean, sd, n = results.aggregate(chosen[metric.key].tolist())
+SEQUENCE = " > "  # between the names of data sets that arrive one after the other
+
+
+def stage_row(stages: int, names: Sequence[str]) -> str:
+    """Label of the row of a stage: its number and the data set that was added."""
+    return f"{stages}. {'+ ' if stages > 1 else ''}{names[stages - 1]}"
+
+
+def network(arch: str, width: int | None) -> str:
+    """A network's name as tables show it."""
+    return arch if width is None else f"{arch} (width {width})"
+
+
+def _value(rows: pd.DataFrame, metric: Metric) -> Value | None:
+    if metric.key not in rows.columns:
+        return None
+    mean, sd, n = results.aggregate(rows[metric.key].tolist())
     return Value(mean * metric.scale, sd * metric.scale, n, metric) if n else None
-
-
-def _blank(cell: Cell, rows: pd.DataFrame) -> Cell:
-    """Where a number means nothing (the whole set below its first row, its selection time) a cell is empty; else a gap."""
-    is_whole = len(rows) > 0 and rows["ipc"].isna().all()
-    return "" if cell in ("", None) and is_whole else (None if cell == "" else cell)
-
-
-def _finish(cells: list[Cell], metric: Metric, whole: Value | None, budgeted: bool) -> list[Cell]:
-    """Mark the best method with a budget, and how many times smaller than the whole set each number is."""
-    numbers = [c for c in cells if isinstance(c, Value)]
-    ranked = [c.mean for c in numbers if c is not whole and not _same(c, whole)]
-    finished: list[Cell] = []
-    for cell in cells:
-        if isinstance(cell, Value) and not _same(cell, whole):
-            best = (
-                metric.best
-                and budgeted
-                and len(ranked) > 1
-                and _shown(cell.mean, metric) == _shown(max(ranked), metric)
-            )
-            times = whole.mean / cell.mean if metric.times and whole is not None and cell.mean > 0 else None
-            cell = Value(cell.mean, cell.sd, cell.n, metric, best, times)
-        finished.append(cell)
-    return finished
 
 
 def _shown(mean: float, metric: Metric) -> str:
     """As printed: two methods that print the same number are equally good."""
     return f"{mean:.{metric.digits}f}"
-
-
-def _same(a: Value, b: Value | None) -> bool:
-    return b is not None and (a.mean, a.n) == (b.mean, b.n)
 
 
 def _ratio(ipc: int | None, data: Mapping[str, Any]) -> str:
@@ -177,75 +392,19 @@ def _ratio(ipc: int | None, data: Mapping[str, Any]) -> str:
     return f"{percent:.1f}" if percent >= 1 else f"{percent:.2g}"
 
 
-def _paper_row(
-    table: Table, dataset: str, metric: Metric, ipc: int | None, first: bool, columns: list[str]
-) -> list[Row]:
-    """The paper's numbers for this data set and budget, where it has them."""
-    cells: list[Cell] = []
-    for title in columns:
-        printed = table.paper.get((dataset, ipc, title)) or (table.paper.get((dataset, None, title)) if first else None)
-        cells.append(Value(*printed.value, 0, metric, printed=printed) if printed and ipc else "")
-    if not any(cells):
-        return []
-    assert ipc is not None
-    return [Row(metric.title, str(ipc), table.paper_ratio.get((dataset, ipc), ""), cells, source="paper")]
+_COUNT = Metric("", "", digits=0, spread=False)
 
 
-def _notes(table: Table, records: list[Record], part: pd.DataFrame) -> list[str]:
-    """What a reader must know: networks, budget, stain policy, seeds, device, data."""
-    config, data = records[0]["config"], records[0]["data"]
-    evaluation = config["eval"]
-    dataset = config["data"]["name"]
-    notes = []
-    if data["procedural"]:
-        notes.append(f"{dataset} is procedural: its pictures are computer-made; nothing here is about patients.")
-    size = config["data"]["image_size"]
-    width = evaluation.get("width")
-    pools = {json.dumps(r["config"]["set"]["pool"], sort_keys=True) for r in records if r["config"]["set"].get("pool")}
-    budget = (
-        f"{evaluation['epochs']} epochs" if evaluation.get("epochs") is not None else f"{evaluation['steps']} steps"
-    )
-    notes.append(
-        f"Evaluated on {evaluation['arch']}{'' if width is None else f' (width {width})'} at {size} px: {budget} for every method, "
-        f"Full included; SGD {evaluation['lr']} / {evaluation['momentum']} / {evaluation['weight_decay']}, batch "
-        f"{evaluation['batch_size']}; augmentation {', '.join(evaluation['augment']) or 'none'}; class sampling "
-        f"{'balanced' if evaluation['balanced'] else 'natural'}; the last epoch is scored."
-    )
-    for pool in (json.loads(p) for p in sorted(pools)):
-        long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
-        wide = "" if pool.get("width") is None else f" (width {pool['width']})"
-        notes.append(f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}.")
-    notes += _stain_notes(records)
-    selection = part["distill_seed"].dropna().nunique()
-    notes.append(
-        f"mean ± standard deviation (n) over at most {selection} selection or distillation seeds x "
-        f"{part['eval_seed'].nunique()} evaluation seeds; Full has evaluation seeds only. - = not computed yet."
-    )
-    notes.append("Ratio % = images per class x classes / training patches. Best method with a budget in bold.")
-    devices = sorted({f"{r['environment']['device']}, {r['environment']['threads']} threads" for r in records})
-    notes.append(f"Times on {'; '.join(devices)}: the median epoch after the first; (xN) = N times less than Full.")
-    notes.append(
-        f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
-        f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
-    )
-    notes += [f"{dataset}: {note}" for note in data["notes"]]
-    if any(key[0] == dataset for key in table.paper):
-        notes.append(
-            f"'paper': as printed in the paper for {paper.DATASETS.get(dataset, dataset)}, on {table.paper_arch}."
-        )
-    return notes
-
-
-def _stain_notes(records: list[Record]) -> list[str]:
-    seen: dict[str, str] = {}
-    for record in records:
-        recipe, policy = record["config"]["eval"], record.get("stain") or {}
-        line = (
-            f"Stain normalisation: training probability {recipe['stain_train']:g}, at test {'yes' if recipe['stain_test'] else 'no'}, "
-            f"the same for every method ({policy.get('chosen', 'not recorded')}"
-        )
-        scores = policy.get("scores") or {}
-        numbers = {k: v for k, v in scores.items() if isinstance(v, int | float) and math.isfinite(v)}
-        line += (": " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) if numbers else "") + ")."
-        seen.setdefault(line, line)
-    return list(seen)
+def _statistics(table: Table, dataset: str, facts: Mapping[str, Any]) -> Grid:
+    """Counts of a data set: one row for everything and one for each class; the paper's below, where it has them."""
+    columns = ["Training patches", "Test patches", "Training slides", "Test slides"]
+    label = f"{dataset} (procedural data)" if facts["procedural"] else dataset
+    made = Grid(f"{table.title}: {label}", dataset, "", columns, head="Class", budgets=False)
+    for name, counts in facts["counts"].items():
+        cells: list[Cell] = [Value(count, math.nan, 1, _COUNT) for count in counts]
+        made.rows.append(Row("", "", "", cells, label=name))
+        printed = [table.paper.get((dataset, None, c)) for c in columns]
+        if len(made.rows) == 1 and all(printed):
+            made.rows.append(Row("", "", "", [p.mean for p in printed if p], source="paper", label=name))
+    made.notes = [*facts["notes"], *table.remarks]
+    return made

@@ -17,6 +17,8 @@ Distil a large set of H&E patches into a few, and measure it against coresets an
   python -m histodd_bench run table1 --dataset idc --data-root DIR
   python -m histodd_bench run table1 --dataset imagefolder --data-root DIR --ipc 10 --seeds 5
   python -m histodd_bench show table1 --format markdown    what is there; computes nothing
+  python -m histodd_bench run all --out runs/mine          every table and figure; cells they share are computed once
+  python -m histodd_bench report runs/mine                 one self-contained HTML page of it
   python -m histodd_bench list                             tables, data sets, methods, models, presets
   python -m histodd_bench doctor                           versions, devices, compiled operators
 """
@@ -32,6 +34,30 @@ examples:
 
 An interrupted run continues with the same command. Finished cells are never computed again; changed options make new
 ones. 'list' names everything that can follow --dataset, --methods, --archs and --preset; 'list fields' what --set takes.
+"""
+
+
+PROFILE_EPILOG = """\
+what can be measured (default: everything):
+  stain_augment      stain affine and channel normalisation, without and with a warp; forward, backward, both
+  macenko_fit        stain vectors and maximum concentrations of every patch
+  normalise          fit + normalise: what the public stain packages do
+  gradient_distance  the L1 distance of gradients shaped like those of ResNet18 and ConvNet-D3
+  step               a distillation step at 64 px, taken apart, compiled and with the references
+
+Every backend is compared with the float64 reference first; what computes something else is reported and not timed.
+Backends: compiled, reference (plain torch, this package's), torch.compile of it, plain (a lean rewrite in torch), loop
+(the distance as public code has it), and the packages torchstain, stainx and torch-staintools where they are installed.
+Bytes are those of every input and result once; bandwidth is beside that of a copy of 256 MiB in the same run, which data
+that stay in a cache can exceed. Times of a busy machine mean nothing: stop other work first.
+
+examples:
+  profile --quick                                     a few minutes on 2 cores
+  profile stain_augment --shapes 64x64,16x256 --dtypes float32 --threads 2
+  profile normalise --backends compiled,torchstain    two of them
+  profile step --trace step.json                      and a trace for chrome://tracing or ui.perfetto.dev
+  profile --device cuda --out gpu.json
+  profile --show gpu.json                             print a record again; measures nothing
 """
 
 
@@ -87,13 +113,34 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    found = []
+    for part in text.split(","):
+        n, cross, side = part.strip().partition("x")
+        if not cross:
+            raise argparse.ArgumentTypeError(f"must be like 64x64 (patches x side), got {part.strip()!r}")
+        found.append((_count(n), _count(side)))
+    return tuple(dict.fromkeys(found))
+
+
 def _shared(parser: Parser, *, table: bool = True) -> None:
     """Options with the same name and meaning everywhere."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset", type=_names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
     )
-    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
+    data.add_argument("--data-root", action="append", default=[], metavar="DIR", help="folder of its files, where it needs one; "
+                      "NAME=DIR for each, where several do")  # fmt: skip
     data.add_argument(
         "--image-size", type=_count, metavar="PX", help="patches are resized to this side (default: the preset's)"
     )
@@ -168,7 +215,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         return sub
 
     sub = command("run", "compute a table, or what is missing of it, and print it", RUN_EPILOG)
-    sub.add_argument("table", help="name of the table, e.g. table1")
+    sub.add_argument(
+        "table", help="a table, e.g. table1, several separated by commas, or all; cells they share are computed once"
+    )
     _shared(sub)
     slides = sub.add_argument_group("slide-level tables (table4, table5)")
     slides.add_argument("--mil", type=_names, metavar="NAME[,NAME]", help="slide-level models (default: the table's)")
@@ -231,6 +280,44 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("set", type=Path, help="folder of the set")
     _shared(sub, table=False)
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
+
+    sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
+                  "example:\n  report runs/table1\n  report runs/all --follow     while a run writes there\n")  # fmt: skip
+    sub.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of results")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    sub.add_argument("--follow", action="store_true", help="write it again and again until the run in progress ends")
+    sub.add_argument("--every", type=_count, default=10, metavar="SECONDS", help="with --follow: how often (10)")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command("compare", "what differs between two run folders: the configuration, and every cell with an interval")
+    sub.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of results")
+    sub.add_argument("run_b", type=Path, metavar="RUN_B", help="another one; differences are B less A")
+    sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, csv or json")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    sub = command(
+        "profile", "time the operators beside what else computes the same, and a distillation step", PROFILE_EPILOG
+    )
+    sub.add_argument("what", nargs="*", help="what to measure (default: everything), see below")
+    sub.add_argument("--quick", action="store_true", help="64 patches of 64 px and 16 of 256 px only, shorter")
+    sub.add_argument("--shapes", type=_shapes, metavar="NxPX[,...]",
+                     help="patches x side (default: 64x64,256x64,64x224,16x256,256x256)")  # fmt: skip
+    sub.add_argument(
+        "--dtypes", type=_names, metavar="NAME[,...]", help="uint8, float32 (default: both), float16, bfloat16"
+    )
+    sub.add_argument("--backends", type=_names, metavar="NAME[,...]", help="only these (default: all that are there)")
+    sub.add_argument(
+        "--images", type=Path, metavar="DIR", help="take patches from a folder's images (default: procedural)"
+    )
+    sub.add_argument("--seconds", type=_positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
+    sub.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    )
+    sub.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: one per core)")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
+    sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")
+    sub.add_argument("--show", type=Path, metavar="FILE", help="print a record that is there and measure nothing")
+    sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")

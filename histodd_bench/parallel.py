@@ -11,24 +11,29 @@ from multiprocessing.connection import Connection, wait
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
 from histodd_bench.progress import Progress
-from histodd_bench.request import Cell, Request
+from histodd_bench.request import Cell, MakeSet, Request
 
-Piece = int | tuple[Cell, ...]  # a network of the pool to train, or cells that belong together
+Piece = int | MakeSet | tuple[Cell, ...]  # a network of the pool to train, a set to make, or cells that belong together
 _PR_SET_PDEATHSIG = 1
 
 
-def pieces(cells: Sequence[Cell], networks: int) -> list[Piece]:
+def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], object] | None = None) -> list[Piece]:
     """Work in the order it is handed out: networks of the pool, then cells with the longest first.
 
     Cells of one distilled set stay together; so do all coresets of one seed, since they share a trained network.
+
+    Args:
+        cells: what is to be computed.
+        networks: size of the pool.
+        set_key: the same value for cells that share a distilled set; by default method, images per class and seed.
     """
     groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         entry = method_entry(cell.method)
         if entry.whole:
-            key: tuple[object, ...] = ("whole", cell.eval_seed)
+            key: tuple[object, ...] = ("whole", cell.eval_seed, cell.arch, cell.width, cell.changes)
         elif entry.synthetic:
-            key = (cell.method, cell.ipc, cell.distill_seed)
+            key = (set_key(cell),) if set_key else (cell.method, cell.ipc, cell.distill_seed)
         else:
             key = ("coresets", cell.distill_seed)
         groups.setdefault(key, []).append(cell)
@@ -99,6 +104,9 @@ def _work(request: Request, connection: Connection, talkative: bool) -> None:
         while (piece := connection.recv()) is not None:
             if isinstance(piece, int):
                 experiment.pool().load(piece)
+            elif isinstance(piece, MakeSet):
+                experiment.make(piece.method, piece.ipc, piece.seed, piece.changes)
+                connection.send(("cell", ""))
             else:
                 for cell in piece:
                     results.write_record(request.out, experiment.cell(cell))

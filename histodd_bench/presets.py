@@ -273,11 +273,10 @@ def build(cls: type[Any], *layers: Fields) -> Any:
 
 def parse_arch(text: str, widths: Mapping[str, int]) -> tuple[str, int | None]:
     """``resnet18`` or ``convnet-d3:64`` -> (name, width or None); an unknown network is refused with the nearest match."""
-    from histodd_bench.models import MODELS
+    from histodd_bench.models import model_entry
 
     name, colon, width = text.strip().partition(":")
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
+    model_entry(name)
     if not colon:
         return name, widths.get(name)
     if not width.isdigit() or int(width) < 1:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from histodd_bench import results
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.experiment import Experiment
 from histodd_bench.methods import method_entry
 from histodd_bench.models import ModelPool, PoolRecipe, build
 from histodd_bench.progress import Progress, clock
+from histodd_bench.request import Cell, cells
 from histodd_bench.stain import fit_set
 from histodd_bench.training import Trainer, TrainRecipe, predict
 
@@ -49,6 +51,9 @@ def project(experiment: Experiment) -> str:
             f"  {p.name:<{width}}  {p.seconds:10.4g} s per {p.unit:<12} x {p.count:>14,.0f} = {duration(p.total):>12}"
         )
     lines.append(f"  {'projected total':<{width}}  {duration(total)}")
+    workers = min(experiment.request.workers, len(cells(experiment.request)))
+    if workers > 1 and experiment.device.type == "cpu":
+        lines.append(f"  {f'on {workers} processes':<{width}}  {duration(total / workers)} or a little more")
     lines.append(
         "Projected from short samples of each phase, for a run from nothing; reading the data set is not counted."
     )
@@ -62,7 +67,9 @@ def duration(seconds: float) -> str:
     """Seconds as a person would say them."""
     if seconds < 120:
         return f"{seconds:.1f} s"
-    return clock(seconds) + " h" if seconds < 86400 * 2 else f"{seconds / 86400:.1f} days"
+    if seconds < 86400 * 2:
+        return clock(seconds) + (" h" if seconds >= 3600 else " min")
+    return f"{seconds / 86400:.1f} days"
 
 
 def _known(name: str) -> bool:
@@ -111,25 +118,26 @@ def _training_step(experiment: Experiment, arch: str, width: int | None, recipe:
 
 def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase]:
     request, train, test = experiment.request, experiment.dataset.train, experiment.dataset.test
-    n, recipe, pool_recipe = len(train), experiment.recipe, experiment.pool_recipe
+    n, todo = len(train), cells(experiment.request)
     phases: list[Phase] = []
     fields = {m: {f.name for f in dataclasses.fields(method_entry(m).cls)} for m in request.methods}
-    distillers = [m for m in request.methods if {"outer_steps", "inner_steps"} <= fields[m]]
-    if distillers:
+    distilled = {experiment.set_key(c): c for c in todo if {"outer_steps", "inner_steps"} <= fields[c.method]}
+    pools: dict[PoolRecipe, Cell] = {}
+    for cell in distilled.values():
+        pools.setdefault(experiment.pool_recipe_of(cell.changes), cell)
+    if pools:
         report("pool training")
         arch, width = request.distill_arch
-        step = _training_step(experiment, arch, width, pool_recipe)
-        phases.append(
-            Phase(
-                f"pool of {pool_recipe.networks} x {arch}", "step", step, pool_recipe.networks * _steps(pool_recipe, n)
-            )
-        )
+        step = _training_step(experiment, arch, width, experiment.pool_recipe)
+        count = sum(p.networks * _steps(p, n) for p in pools)
+        networks = sum(p.networks for p in pools)
+        phases.append(Phase(f"pool of {networks} x {arch}", "step", step, count))
     seen: set[PoolRecipe] = set()  # methods whose recipes agree share their networks
     for name in request.methods:
         if {"arch", "epochs"} <= fields[name]:
             method = experiment.method(name, request.ipc[0])
             own = dataclasses.replace(
-                pool_recipe, arch=method.arch, width=method.width, epochs=method.epochs, steps=None
+                experiment.pool_recipe, arch=method.arch, width=method.width, epochs=method.epochs, steps=None
             )
             if name == "forgetting":
                 own = dataclasses.replace(own, balanced=False)
@@ -139,44 +147,51 @@ def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase
             report(f"{name}: training of {method.arch}")
             step = _training_step(experiment, method.arch, method.width, own)
             phases.append(Phase(f"{name}: networks, {method.arch}", "step", step, request.seeds * _steps(own, n)))
-    if distillers or recipe.stain_train > 0:
+    if distilled or any(experiment.recipe_of(c.changes).stain_train > 0 for c in todo):
         some = _sample(train, 64)
         seconds = _timed(experiment.device, lambda: fit_set(some, experiment.preprocessing.template))
-        runs = len(distillers) * len(request.ipc) * request.seeds
-        phases.append(Phase("stain fits of real patches", "patch", seconds / len(some), runs * n))
-    for name in distillers:
-        for ipc in request.ipc:
-            report(f"{name}: inner steps at {ipc} per class")
-            method = experiment.method(name, ipc)
-            inner = _inner_step(experiment, method, ipc)
-            count = method.outer_steps * method.inner_steps * request.seeds
-            phases.append(Phase(f"{name}: {ipc} per class", "inner step", inner, count))
-    budgeted = [m for m in request.methods if not method_entry(m).whole]
+        phases.append(Phase("stain fits of real patches", "patch", seconds / len(some), len(distilled) * n))
+    steps: dict[
+        tuple[str, int | None, tuple[str, ...]], tuple[Cell, int]
+    ] = {}  # what an inner step costs depends on these
+    for cell in distilled.values():
+        method = experiment.method(cell.method, cell.ipc, cell.changes)
+        kind = cell.method, cell.ipc, tuple(getattr(method, "augment", ()))
+        first, inner_steps = steps.get(kind, (cell, 0))
+        steps[kind] = first, inner_steps + method.outer_steps * method.inner_steps
+    several = len({k[2] for k in steps}) > 1
+    for (name, ipc, augment), (cell, inner_steps) in steps.items():
+        assert ipc is not None
+        report(f"{name}: inner steps at {ipc} per class")
+        inner = _inner_step(experiment, experiment.method(name, ipc, cell.changes), ipc)
+        told = f", {'+'.join(augment) or 'no augmentation'}" if several else ""
+        phases.append(Phase(f"{name}: {ipc} per class{told}", "inner step", inner, inner_steps))
     for arch, width in request.archs:
         report(f"evaluation on {arch}")
-        step = _training_step(experiment, arch, width, recipe)
-        cells = len(budgeted) * request.seeds * request.eval_seeds
-        steps = sum(_steps(recipe, ipc * train.num_classes) for ipc in request.ipc) * cells
-        phases.append(Phase(f"training on sets, {arch}", "step", step, steps))
-        whole = [m for m in request.methods if method_entry(m).whole]
+        own_cells = [c for c in todo if (c.arch, c.width) == (arch, width)]
+        own_cells = list({results.key_of(experiment.cell_config(c)): c for c in own_cells}.values())
+        step = _training_step(experiment, arch, width, experiment.recipe)
+        small = [c for c in own_cells if c.ipc is not None]
+        count = sum(_steps(experiment.recipe_of(c.changes), c.ipc * train.num_classes) for c in small if c.ipc)
+        if small:
+            phases.append(Phase(f"training on sets, {arch}", "step", step, count))
+        whole = [c for c in own_cells if c.ipc is None]
         if whole:
-            phases.append(
-                Phase(f"training on all patches, {arch}", "step", step, _steps(recipe, n) * request.eval_seeds)
-            )
+            count = sum(_steps(experiment.recipe_of(c.changes), n) for c in whole)
+            phases.append(Phase(f"training on all patches, {arch}", "step", step, count))
         some = test.subset(torch.arange(min(len(test), 256)))
         model = build(
             arch, num_classes=train.num_classes, image_size=train.image_size[0], width=width, generator_seed=0
         )
         model = model.to(experiment.device)
+        stain = any(experiment.recipe_of(c.changes).stain_test for c in own_cells)
 
-        def score(model: torch.nn.Module = model, some: PatchSet = some) -> None:
-            predict(model, some, experiment.preprocessing, stain=recipe.stain_test, device=experiment.device)
+        def score(model: torch.nn.Module = model, some: PatchSet = some, stain: bool = stain) -> None:
+            predict(model, some, experiment.preprocessing, stain=stain, device=experiment.device)
 
         score()
-        cells = cells * len(request.ipc) + len(whole) * request.eval_seeds
-        phases.append(
-            Phase(f"scoring, {arch}", "patch", _timed(experiment.device, score) / len(some), cells * len(test))
-        )
+        seconds = _timed(experiment.device, score) / len(some)
+        phases.append(Phase(f"scoring, {arch}", "patch", seconds, len(own_cells) * len(test)))
     return phases
 
 

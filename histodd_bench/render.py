@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from histodd_bench.layout import Cell, Grid, Value
+from histodd_bench.layout import Cell, Grid, Interval, Value
 from histodd_bench.results import Record, finite
 
 DASH = "-"  # a cell that has not been computed
@@ -19,8 +19,10 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
         return DASH
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Interval):
+        return f"{cell.value:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}] to {cell.against}"
     if cell.printed is not None:
-        return f"{cell.printed.mean}{plus_minus}{cell.printed.sd}"
+        return f"{cell.printed.mean}{plus_minus}{cell.printed.sd}" if cell.printed.sd else cell.printed.mean
     if math.isnan(cell.mean):
         return DASH
     text = f"{cell.mean:.{cell.metric.digits}f}"
@@ -32,15 +34,21 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
     return text
 
 
-def _heads(grid: Grid) -> list[str]:
-    return ["", "Img/Cls", "Ratio %", *grid.columns]
+def heads(grid: Grid) -> list[str]:
+    """Headings: block, label and budget columns as far as the grid has them, then its own columns."""
+    blocks = ["", *([grid.head] if grid.head else [])] if grid.budgets else [grid.head]
+    return [*blocks, *(["Img/Cls", "Ratio %"] if grid.budgets else []), *grid.columns]
 
 
-def _lead(grid: Grid, i: int) -> list[str]:
-    """The first three columns of a row; a block's title stands on its first row only."""
-    row = grid.rows[i]
-    new = i == 0 or grid.rows[i - 1].block != row.block
-    return ["paper" if row.source == "paper" else (row.block if new else ""), row.ipc, row.ratio]
+def lead(grid: Grid, i: int) -> list[str]:
+    """The first columns of a row; a block's title, and a label, stand on their first row only."""
+    row, before = grid.rows[i], grid.rows[i - 1] if i else None
+    new = before is None or before.block != row.block
+    block = "paper" if row.source == "paper" else (row.block if new else "")
+    label = row.label if new or before is None or before.label != row.label else ""
+    if not grid.budgets:
+        return ["paper" if row.source == "paper" else label]
+    return [block, *([label] if grid.head else []), row.ipc, row.ratio]
 
 
 def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = False) -> str:
@@ -53,13 +61,13 @@ def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = Fals
     console = Console(file=stream, width=width or 400, force_terminal=colour, color_system="auto" if colour else None)
     for grid in grids:
         table = Table(title=Text(grid.title), title_justify="left")
-        for i, head in enumerate(_heads(grid)):
-            table.add_column(Text(head), justify="left" if i == 0 else "right")
+        for i, head in enumerate(heads(grid)):
+            table.add_column(Text(head), justify="left" if i == 0 or head == grid.head else "right")
         for i, row in enumerate(grid.rows):
             style = "dim" if row.source == "paper" else ""
             cells = [Text(number(c), style="bold" if isinstance(c, Value) and c.best else style) for c in row.cells]
             last = i + 1 == len(grid.rows) or grid.rows[i + 1].block != row.block
-            table.add_row(*[Text(t, style=style) for t in _lead(grid, i)], *cells, end_section=last)
+            table.add_row(*[Text(t, style=style) for t in lead(grid, i)], *cells, end_section=last)
         console.print(table)
         for note in grid.notes:
             console.print(Text("  " + note), soft_wrap=width is None)
@@ -67,27 +75,30 @@ def rich(grids: Sequence[Grid], *, width: int | None = None, colour: bool = Fals
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
+def safe(text: str) -> str:
+    """Text with every character Markdown or HTML would act on escaped, on one line."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|*_`\[\]])", r"\\\1", text).replace("\n", " ")
+
+
 def markdown(grids: Sequence[Grid]) -> str:
     """GitHub-flavoured tables, notes below each."""
-
-    def safe(text: str) -> str:
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        return re.sub(r"([\\|*_`\[\]])", r"\\\1", text).replace("\n", " ")
 
     parts = []
     for grid in grids:
         lines = [f"### {safe(grid.title)}", ""]
-        lines.append("| " + " | ".join(safe(h) for h in _heads(grid)) + " |")
-        lines.append("|" + "|".join([":--", *["--:"] * (len(grid.columns) + 2)]) + "|")
+        lines.append("| " + " | ".join(safe(h) for h in heads(grid)) + " |")
+        texts = 2 if grid.head and grid.budgets else 1
+        lines.append("|" + "|".join([":--"] * texts + ["--:"] * (len(heads(grid)) - texts)) + "|")
         for i, row in enumerate(grid.rows):
-            lead = [safe(t) for t in _lead(grid, i)]
-            lead[0] = "*paper*" if row.source == "paper" else lead[0]
+            start = [safe(t) for t in lead(grid, i)]
+            start[0] = "*paper*" if row.source == "paper" else start[0]
             cells = []
             for cell in row.cells:
                 text = safe(number(cell))
                 bold = isinstance(cell, Value) and cell.best
                 cells.append(f"**{text}**" if bold else f"*{text}*" if row.source == "paper" and text else text)
-            lines.append("| " + " | ".join(lead + cells) + " |")
+            lines.append("| " + " | ".join(start + cells) + " |")
         lines += ["", *[f"- {safe(note)}" for note in grid.notes], ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
@@ -116,8 +127,9 @@ def latex(grids: Sequence[Grid]) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for grid in grids:
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(grid.title)}.}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) + 2)}}}", r"\toprule"]
-        lines += [" & ".join(tex(h) for h in _heads(grid)) + r" \\", r"\midrule"]
+        texts = 2 if grid.head and grid.budgets else 1
+        lines += [rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(heads(grid)) - texts)}}}", r"\toprule"]
+        lines += [" & ".join(tex(h) for h in heads(grid)) + r" \\", r"\midrule"]
         for i, row in enumerate(grid.rows):
             if i and grid.rows[i - 1].block != row.block:
                 lines.append(r"\midrule")
@@ -128,14 +140,16 @@ def latex(grids: Sequence[Grid]) -> str:
                 cells.append(
                     rf"\textbf{{{text}}}" if bold else rf"\textit{{{text}}}" if row.source == "paper" and text else text
                 )
-            lines.append(" & ".join([*map(tex, _lead(grid, i)), *cells]) + r" \\")
+            lines.append(" & ".join([*map(tex, lead(grid, i)), *cells]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", ""]
         lines += [rf"{{\footnotesize {tex(note)}\par}}" for note in grid.notes]
         parts.append("\n".join([*lines, r"\end{table}", ""]))
     return "\n".join(parts)
 
 
-CSV_COLUMNS = ("dataset", "network", "metric", "ipc", "ratio_percent", "column", "source", "mean", "sd", "n")
+CSV_COLUMNS = (
+    "dataset", "network", "metric", "ipc", "ratio_percent", "column", "source", "mean", "sd", "n", "row", "low", "high",
+)  # fmt: skip
 
 
 def as_csv(grids: Sequence[Grid]) -> str:
@@ -149,27 +163,20 @@ def as_csv(grids: Sequence[Grid]) -> str:
                 if isinstance(cell, str):
                     continue
                 whole = title == "Full"
-                head = [
-                    grid.dataset,
-                    grid.arch,
-                    row.block,
-                    "" if whole else row.ipc,
-                    "" if whole else row.ratio,
-                    title,
-                    row.source,
-                ]
-                if cell is None:
-                    writer.writerow([*map(_plain, head), "", "", 0])
-                elif cell.printed is not None:
-                    writer.writerow([*map(_plain, head), cell.printed.mean, cell.printed.sd, ""])
-                else:
-                    writer.writerow(
-                        [*map(_plain, head), repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n]
-                    )
+                budget = ["" if whole else row.ipc, "" if whole else row.ratio]
+                head = [grid.dataset, grid.arch, row.block, *budget, title, row.source]
+                numbers: list[object] = ["", "", 0, "", ""]
+                if isinstance(cell, Interval):
+                    numbers = [repr(cell.value), "", "", repr(cell.low), repr(cell.high)]
+                elif cell is not None and cell.printed is not None:
+                    numbers = [cell.printed.mean, cell.printed.sd, "", "", ""]
+                elif cell is not None:
+                    numbers = [repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n, "", ""]
+                writer.writerow([*map(plain, head), *numbers[:3], plain(row.label), *numbers[3:]])
     return stream.getvalue()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
     return "'" + text if text[:1] in ("=", "+", "-", "@") else text
 

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,18 @@ def leftovers(out: Path) -> list[Path]:
     return sorted((out / RECORDS).glob(f"*{PARTIAL}"))
 
 
-def protocol(config: Mapping[str, Any]) -> str:
-    """What numbers must share to stand in one table: the data, the training recipe, threads and device."""
-    evaluation = {k: v for k, v in config["eval"].items() if k not in ("arch", "width", "seed")}
+def protocol(config: Mapping[str, Any], varied: Collection[str] = (), other_data: bool = False) -> str:
+    """What numbers must share to stand in one table: the data, the training recipe, threads and device.
+
+    Args:
+        config: of a record.
+        varied: fields of the training recipe that the table's columns set, and which may therefore differ.
+        other_data: whether the table's columns prepare the training data differently.
+    """
+    evaluation = {k: v for k, v in config["eval"].items() if k not in ("arch", "width", "seed", *varied)}
     rest = {k: v for k, v in config.items() if k not in ("eval", "set")}
+    if other_data:
+        rest["data"] = {k: rest["data"].get(k) for k in ("name", "test", "image_size", "split_seed")}
     return digest({"eval": evaluation, **rest})
 
 
@@ -146,7 +154,20 @@ def variant(config: Mapping[str, Any]) -> dict[str, Any]:
     made = config["set"]
     flat = dict(made.get("fields", {}))
     flat.update({f"pool.{k}": v for k, v in (made.get("pool") or {}).items()})
+    flat.update({f"data.{k}": v for k, v in config["data"].items() if k not in _DATA})
     flat["version"] = made.get("version")
+    return flat
+
+
+_DATA = ("name", "train", "test", "image_size", "split_seed")
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration field by field: dotted names, lists whole."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = flat_config(value) if isinstance(value, Mapping) else None
+        flat.update({name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()})
     return flat
 
 
@@ -164,8 +185,8 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per record.
 
     Columns: ``dataset, method, ipc, arch, width, distill_seed, eval_seed, key, protocol, variant`` (JSON), and the numbers
-    as ``metrics.*``, ``storage.*`` and ``seconds.*`` (metrics are fractions, times seconds). ``ipc`` and ``distill_seed``
-    are <NA> for the whole training set.
+    as ``metrics.*``, ``storage.*``, ``seconds.*``, ``memory.*`` (bytes) and ``fields.*`` (the method's own); metrics are
+    fractions, times seconds. ``ipc`` and ``distill_seed`` are <NA> for the whole training set.
     """
     rows = []
     for r in records:
@@ -173,8 +194,9 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
         row["width"] = r["config"]["eval"].get("width")
         row["key"], row["protocol"] = r["key"], protocol(r["config"])
         row["variant"] = json.dumps(variant(r["config"]), sort_keys=True)
-        for part in ("metrics", "storage", "seconds"):
-            row.update(_flat(r[part], part))
+        for part in ("metrics", "storage", "seconds", "memory"):
+            row.update(_flat(r.get(part) or {}, part))
+        row.update(_flat(r["config"]["set"].get("fields") or {}, "fields"))
         rows.append(row)
     frame = pd.DataFrame(rows, columns=None if rows else [*_IDENTITY, "width", "key", "protocol", "variant"])
     for name in ("ipc", "distill_seed", "width"):
@@ -206,18 +228,29 @@ def write_plan(out: Path, table: str, request: Mapping[str, Any]) -> None:
 
     Args:
         table: its name.
-        request: dataset name -> ``{"ipc": [...], "methods": [...]}``; joined with what was asked before.
+        request: dataset name -> ``{"ipc": [...], "methods": [...]}``, and where they are known ``cells`` (record key ->
+            places in the table, pairs of row and column) and ``facts``; joined with what was asked before.
     """
     plan = read_plan(out)
     for dataset, asked in request.items():
         known = plan.setdefault(table, {}).setdefault(dataset, {})
         for name, values in asked.items():
-            joined = list(dict.fromkeys([*known.get(name, []), *values]))
-            known[name] = sorted(joined) if name == "ipc" else joined
+            if isinstance(values, Mapping):
+                known[name] = {**known.get(name, {}), **values}
+            else:
+                joined = list(dict.fromkeys([*known.get(name, []), *values]))
+                known[name] = sorted(joined) if name == "ipc" else joined
     write_bytes(out / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
 
 
-def read_plan(out: Path) -> dict[str, dict[str, dict[str, list[Any]]]]:
+def claimed(plan: Mapping[str, Mapping[str, Mapping[str, Any]]], but: str) -> set[str]:
+    """Keys of records that other tables than ``but`` asked for and that it did not."""
+    keys = {name: {k for asked in part.values() for k in asked.get("cells", ())} for name, part in plan.items()}
+    others = {k for name, found in keys.items() if name != but for k in found}
+    return others - keys.get(but, set())
+
+
+def read_plan(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Table name -> dataset -> what was asked; empty where nothing was."""
     try:
         plan = json.loads((out / PLAN).read_text(encoding="utf-8"))

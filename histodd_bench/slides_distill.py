@@ -205,7 +205,9 @@ class SlideDistiller:
 
         tensors = {"images": made.images.cpu().contiguous(), "labels": made.labels.cpu()}
         data = save(tensors, {"card": canonical(finite(facts))})
-        shutil.rmtree(workdir, ignore_errors=True)  # first: whoever is killed here has one slide to do again, and leaves nothing
+        shutil.rmtree(
+            workdir, ignore_errors=True
+        )  # first: whoever is killed here has one slide to do again, and leaves nothing
         write_bytes(path, data)
 
     def _patches(self, name: str) -> PatchSet:

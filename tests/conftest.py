@@ -52,3 +52,20 @@ def read_rgb():
         return torch.from_numpy(rgb.copy()).permute(2, 0, 1).contiguous()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def all_tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every table of the program, run at its smallest on one data set into one folder. Read only."""
+    from tiny_project import OPTIONS, write_imagefolder
+
+    from histodd_bench import cli
+
+    base = tmp_path_factory.mktemp("all-tables")
+    made = {"data": write_imagefolder(base / "data"), "cache": base / "cache", "out": base / "out"}
+    options = ["--dataset", "imagefolder", "--data-root", str(made["data"]), "--out", str(made["out"]), "--ipc", "2",
+               "--seeds", "1", "--eval-seeds", "2", *OPTIONS]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HISTODD_CACHE", str(made["cache"]))
+        assert cli.main(["run", "all", *options, "--archs", "convnet-d3:8,vit:8"]) == 0
+    return made

@@ -43,7 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 # ---- help and names --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["run", "show", "list", "distill", "select", "evaluate", "doctor"])
+@pytest.mark.parametrize("name", ["run", "show", "list", "distill", "select", "evaluate", "report", "compare", "doctor"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         cli.main([name, "--help"])

@@ -1,5 +1,7 @@
 """Tables 4 and 5 on tiny slides: every cell once, nothing computed twice, and grids that say what they hold."""
 
+import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,13 +9,14 @@ import pytest
 import torch
 from tiny_slides import arguments, write_slides
 
-from histodd_bench import cli, render, results
+from histodd_bench import cli, compare, options, render, report, results
 from histodd_bench.data import PatchSet
 from histodd_bench.data.centres import centre_part, centres_of
 from histodd_bench.data.store import Dataset
 from histodd_bench.errors import HistoddError
 from histodd_bench.mil.layout import table4_grids
 from histodd_bench.mil.layout_transfer import share, table5_grids
+from histodd_bench.mil.requirements import obstacle
 from histodd_bench.progress import Progress
 from histodd_bench.tables import TABLES
 
@@ -69,9 +72,9 @@ def test_table4_has_one_record_per_cell(folders) -> None:
 def test_table4_grid(folders) -> None:
     (grid,) = table4_grids(TABLES["table4"], of(folders, "slide") + of(folders, "transfer"))
     assert grid.columns == ["CLAM-SB", "TransMIL"]
-    accuracy = [row.ipc for row in grid.rows if row.block == "Accuracy %"]
-    assert accuracy == ["2 Histo-DD", "2 Random", "2 Herding", "5 Histo-DD", "5 Random", "5 Herding", "Full"]
-    times = next(r for r in grid.rows if r.block == "Patches in all bags" and r.ipc == "2 Random")
+    accuracy = [(row.ipc, row.label) for row in grid.rows if row.block == "Accuracy %"]
+    assert accuracy == [*((i, m) for i in "25" for m in ("Histo-DD", "Random", "Herding")), ("", "Full")]
+    times = next(r for r in grid.rows if r.block == "Patches in all bags" and (r.ipc, r.label) == ("2", "Random"))
     assert [c.mean for c in times.cells] == [20, 20] and all(c.n == 2 for c in times.cells)
     notes = " ".join(grid.notes)
     assert "Encoder: convnet-d3 (width 8), pool-trained" in notes and "Never more than a slide has" in notes
@@ -107,17 +110,9 @@ def test_table5_grids(folders) -> None:
     assert [g.title.rpartition(", ")[2] for g in grids] in (["A => B", "B => A"], ["B => A", "A => B"])
     for grid in grids:
         assert grid.columns == ["Patches, convnet-d3 (width 8)", "Slides, CLAM-SB"]
-        rows = [row.ipc for row in grid.rows if row.block == "Accuracy %"]
-        assert rows == [
-            "No transfer",
-            "2 Histo-DD",
-            "2 Random",
-            "2 Herding",
-            "5 Histo-DD",
-            "5 Random",
-            "5 Herding",
-            "Full",
-        ]
+        rows = [(row.ipc, row.label) for row in grid.rows if row.block == "Accuracy %"]
+        sets = [(i, m) for i in "25" for m in ("Histo-DD", "Random", "Herding")]
+        assert rows == [("", "No transfer"), *sets, ("", "Full")]
         assert "paper's text" in " ".join(grid.notes)
 
 
@@ -151,12 +146,78 @@ def test_changed_options_make_new_records(folders, tmp_path) -> None:
     assert {r["config"]["eval"]["encoder"]["title"] for r in records} >= {"ResNet50 to its third stage, random weights"}
 
 
-def test_show_prints_both_tables_without_computing(folders, capsys) -> None:
+@pytest.mark.parametrize("form", cli.FORMATS)
+def test_show_prints_both_tables_without_computing(folders, capsys, form) -> None:
     for table, word in (("table4", "CLAM-SB"), ("table5", "Patches shared")):
-        assert cli.main(["show", table, "--out", str(folders["out"]), "--format", "markdown"]) == 0
-        assert word in capsys.readouterr().out
-        assert cli.main(["show", table, "--out", str(folders["out"]), "--format", "json"]) == 0
-        assert json.loads(capsys.readouterr().out)
+        assert cli.main(["show", table, "--out", str(folders["out"]), "--format", form]) == 0
+        text = capsys.readouterr().out
+        if form == "json":
+            assert json.loads(text)
+        else:
+            assert word in text and "Histo-DD" in text and " nan" not in text.lower()
+    assert cli.main(["show", "table1", "--out", str(folders["out"])]) == 0
+    assert "no results" in capsys.readouterr().err, "slide-level records are not patch-level results"
+
+
+def test_csv_has_budgets_and_sets_in_columns_of_their_own(folders) -> None:
+    rows = list(csv.DictReader((folders["out"] / "table4.csv").open()))
+    assert {(r["ipc"], r["row"]) for r in rows} >= {("2", "Histo-DD"), ("5", "Herding"), ("", "Full")}
+
+
+def test_the_report_has_both_tables(folders, tmp_path) -> None:
+    text = report.write_report(folders["out"], tmp_path / "page.html").read_text()
+    for words in ("TransMIL", "imagefolder, A =&gt; B", "22.0 (x1.07)", "1e-3 GB", "87.5 ± 0.6", "No transfer"):
+        assert words in text, words
+    assert (tmp_path / "table5.tex").is_file() and "Table 1:" not in text
+    assert "cells. <progress" not in text, "all are finished"
+
+
+def test_compare_matches_slide_level_cells(folders, tmp_path) -> None:
+    same = compare.compare(folders["out"], folders["out"])
+    assert same.changes and not same.only_a and not same.only_b and all(c.difference == 0 for c in same.changes)
+    assert {c.how for c in same.changes if c.metric.startswith("accuracy")} == {"slides, paired"}
+    directions = {
+        c.cell.partition("(table5: ")[2]
+        for c in same.changes
+        if c.cell.startswith("imagefolder, clam-sb (width 16), full")
+    }
+    assert {"A => B, Slides)", "B => A, Slides)"} <= directions
+    changed = arguments("run table4", folders["data"], tmp_path / "out", "--ipc", "2", "--seeds", "1", "--eval-seeds", "2",
+                        "--workers", "1", "--methods", "random,full", "--mil", "clam-sb", "--set", "mil.lr=0.01")  # fmt: skip
+    assert cli.main(changed) == 0
+    found = compare.compare(folders["out"], tmp_path / "out")
+    assert ("0.0002", "0.01") in found.configuration["eval.model.lr"] and not found.only_b
+    for text in (form(found) for form in compare.FORMATS.values()):
+        assert "clam-sb" in text
+
+
+def test_every_cell_was_asked_for(folders) -> None:
+    plan, (records, _) = results.read_plan(folders["out"]), results.read_records(folders["out"])
+    assert {k for table in plan.values() for k in table["imagefolder"]["cells"]} == {r["key"] for r in records}
+
+
+def test_a_dry_run_of_a_slide_level_table_says_that_it_projects_nothing(folders, tmp_path, capsys) -> None:
+    line = arguments("run table4", folders["data"], tmp_path / "out", "--dry-run")
+    assert cli.main(line) == 0 and "distill-slides --slides" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def request_for(table: str, *methods: str):
+    line = ["run", table, "--methods", ",".join(methods or ("random", "full"))]
+    return cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES[table], Path("x"))[0]
+
+
+def test_what_makes_a_slide_level_table_impossible() -> None:
+    def why(table: str, some: Dataset, *methods: str) -> str:
+        return obstacle(TABLES[table], request_for(table, *methods), some)
+
+    good = dataset([0, 0, 1, 1, 0, 0, 1, 1], labels=[0, 0, 0, 1, 0, 0, 1, 1])
+    assert why("table4", good) == "" and why("table5", good) == ""
+    assert "does not say which centre" in why("table5", dataset(None, labels=[0, 0, 0, 1, 0, 0, 1, 1]))
+    assert "training slides of some are all of class 't'" in why("table4", dataset(None))
+    single = dataclasses.replace(good.train, groups=torch.arange(8), group_names=tuple("abcdefgh"))
+    assert "every patch is a slide of its own" in why("table4", Dataset("some", single, single, False))
+    assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from histodd_bench import results
 from histodd_bench.files import PARTIAL
 
 KILLS = 20
-TIMES = ("Training time per epoch, s", "Selection / distillation time, s", "Training of the networks")
+TIMES = ("Training time per epoch, s", "of which", "Peak memory", "Epochs after", "Selection / distillation time, s",
+         "Training of the networks")  # fmt: skip
 
 
 def run_here(arguments: list[str], cache: str, folder: str) -> None:
@@ -44,7 +45,7 @@ def records_of(out: Path) -> dict[str, dict]:
     assert not ignored
     timed = ("epoch_seconds", "train_seconds")
     for record in records:
-        del record["seconds"]
+        del record["seconds"], record["memory"]
         record["metrics"] = {k: v for k, v in record["metrics"].items() if k not in timed}
     return {r["key"]: r for r in records}
 

@@ -57,5 +57,6 @@ def test_tables_name_known_methods_and_the_papers_columns() -> None:
         assert table.name == name
         assert all(column.method in METHODS for column in table.columns)
         titles = {column.title for column in table.columns}
-        assert {title for _, _, title in table.paper} <= titles
+        if table.kind != "statistics":
+            assert {title for _, _, title in table.paper} <= titles
     assert [c.title for c in TABLES["table1"].columns] == list(HEADS)

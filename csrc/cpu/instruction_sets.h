@@ -3,8 +3,9 @@
 // own vectoriser. Bodies call nothing that is not inlined, so that no wide code leaks into functions shared by all.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
+#include <ATen/Version.h>
+
+#include <string>
 
 namespace histodd {
 
@@ -13,17 +14,16 @@ namespace histodd {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-// PyTorch's own variable ATEN_CPU_CAPABILITY=default or avx2 holds it back, which the tests use.
+// The best of this machine, or what ATEN_CPU_CAPABILITY (default, avx2) holds torch's own kernels down to.
 inline InstructionSet instruction_set() {
   static const InstructionSet best = [] {
+    const std::string most = at::get_cpu_capability();
     __builtin_cpu_init();
-    const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-    if (wish && std::strcmp(wish, "default") == 0) return InstructionSet::kBaseline;
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (wish && std::strcmp(wish, "avx2") == 0 && avx2) return InstructionSet::kAvx2;
-    return avx2 && avx512 ? InstructionSet::kAvx512 : avx2 ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
+    const bool avx2 = most != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && most != "AVX2" && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? InstructionSet::kAvx512 : avx2 ? InstructionSet::kAvx2 : InstructionSet::kBaseline;
   }();
   return best;
 }

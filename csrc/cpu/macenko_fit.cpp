@@ -33,7 +33,7 @@ constexpr int64_t kSampled = 1024;  // pixels of the sample that thresholds are 
 // Optical densities of one channel; Stride is 3 for channels_last. Sets *bad where a value is out of range.
 template <typename In, typename T, int Stride>
 struct DensityPass {
-  HISTODD_HOT static void run(const In* x, int64_t n, Density<T> density, const T* table, T* od, int* bad) {
+  HISTODD_INLINE static void run(const In* x, int64_t n, Density<T> density, const T* table, T* od, int* bad) {
     if constexpr (std::is_same_v<In, uint8_t>) {
       for (int64_t i = 0; i < n; ++i) od[i] = table[x[i * Stride]];
     } else {
@@ -51,7 +51,7 @@ struct DensityPass {
 
 template <typename T>
 struct MomentsPass {
-  HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, T beta, Moments* out) {
+  HISTODD_INLINE static void run(const T* r, const T* g, const T* b, int64_t n, T beta, Moments* out) {
     double count = 0, sr = 0, sg = 0, sb = 0, rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
     T w[kBlock], x[kBlock], y[kBlock], z[kBlock];  // two loops: compilers vectorise one with comparisons badly
     for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -88,8 +88,8 @@ struct MomentsPass {
 // Appends to `first` and `second` the keys that reach their thresholds, and to the counts their numbers.
 template <typename T, typename Keys>
 struct TailPass {
-  HISTODD_HOT static void run(const T* r, const T* g, const T* b, int64_t n, Keys keys, T first_from, T second_from,
-                              T* first, int64_t* first_count, T* second, int64_t* second_count) {
+  HISTODD_INLINE static void run(const T* r, const T* g, const T* b, int64_t n, Keys keys, T first_from, T second_from,
+                                 T* first, int64_t* first_count, T* second, int64_t* second_count) {
     T p[kBlock], q[kBlock];
     int64_t np = 0, nq = 0;
     for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -113,7 +113,7 @@ struct TailPass {
 // mispredict.
 template <typename T>
 struct SelectPass {
-  HISTODD_HOT static void run(const T* v, int64_t n, int64_t rank, std::array<double, 2>* out) {
+  HISTODD_INLINE static void run(const T* v, int64_t n, int64_t rank, std::array<double, 2>* out) {
     T smallest = v[0], greatest = v[0];
 #pragma omp simd reduction(min : smallest) reduction(max : greatest)
     for (int64_t i = 0; i < n; ++i) {
@@ -140,7 +140,7 @@ struct SelectPass {
     const bool tied = here == greatest || count_from(v, n, from_ordered_bits(ordered_bits(here) + 1)) != rank;
     *out = {static_cast<double>(here), static_cast<double>(tied ? here : above)};
   }
-  HISTODD_HOT static int64_t count_from(const T* v, int64_t n, T from) {
+  HISTODD_INLINE static int64_t count_from(const T* v, int64_t n, T from) {
     int64_t total = 0;
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       const int64_t end = n - begin < kBlock ? n : begin + kBlock;

@@ -4,16 +4,13 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "../checks.h"
@@ -26,22 +23,12 @@ using Optional = std::optional<at::Tensor>;
 
 constexpr int64_t kUnit = 8192;  // pixels per unit of work, about; whole rows. Never depends on the number of threads.
 
-// The best this machine has, or what ATEN_CPU_CAPABILITY (default, avx2) holds torch's own kernels down to.
 const StainKernels& kernels() {
-#ifdef HISTODD_X86_KERNELS
-  static const StainKernels& best = []() -> const StainKernels& {
-    const std::string most = at::get_cpu_capability();
-    __builtin_cpu_init();
-    const bool avx2 = most != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && most != "AVX2" && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
-    return avx512 ? stain_kernels_avx512 : avx2 ? stain_kernels_avx2 : stain_kernels_baseline;
-  }();
-  return best;
-#else
-  return stain_kernels_baseline;
+#ifdef HISTODD_X86_DISPATCH
+  if (instruction_set() == InstructionSet::kAvx512) return stain_kernels_avx512;
+  if (instruction_set() == InstructionSet::kAvx2) return stain_kernels_avx2;
 #endif
+  return stain_kernels_baseline;
 }
 
 bool is_channels_last(const at::Tensor& t) {

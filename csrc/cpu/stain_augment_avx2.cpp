@@ -1,7 +1,7 @@
 // The kernels of stain_augment for x86-64 with AVX2 and FMA. Headers of others come before the target is changed.
 #include "stain_augment_kernels.h"
 
-#ifdef HISTODD_X86_KERNELS
+#ifdef HISTODD_X86_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

@@ -2,7 +2,7 @@
 // changed.
 #include "stain_augment_kernels.h"
 
-#ifdef HISTODD_X86_KERNELS
+#ifdef HISTODD_X86_DISPATCH
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
                              apply_to = function)

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../stain_augment.h"
+#include "instruction_sets.h"
 
 namespace histodd {
 
@@ -44,8 +45,7 @@ struct StainKernels {
 };
 
 extern const StainKernels stain_kernels_baseline;
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HISTODD_X86_KERNELS 1
+#ifdef HISTODD_X86_DISPATCH
 extern const StainKernels stain_kernels_avx2;
 extern const StainKernels stain_kernels_avx512;
 #endif

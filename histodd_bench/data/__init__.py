@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ class DatasetEntry:
 DATASETS: dict[str, DatasetEntry] = {
     "demo": DatasetEntry(
         demo.load, "computer-drawn H&E slides of two centres, normal against tumour; made on first use", False
+    ),
+    "demo-uniform": DatasetEntry(
+        partial(demo.load, params=demo.DemoParams(stain_variation=0.0)), "the demo with every slide stained alike", False
+    ),
+    "demo-varied": DatasetEntry(
+        partial(demo.load, params=demo.DemoParams(stain_variation=2.0)), "the demo with stains that vary twice as much", False
     ),
     "idc": DatasetEntry(idc.load, "breast IDC patches, 2 classes, split by patient (Cruz-Roa et al. 2014)", True),
     "imagefolder": DatasetEntry(

@@ -72,6 +72,8 @@ def load(
         f"procedural: {count} computer-drawn slides of {len(CENTRES)} made-up centres (seed {seed}), no real tissue; "
         f"{params.test_slides} slides are the test set",
     ]
+    if params.stain_variation != 1.0:
+        notes.append(f"stains vary {params.stain_variation:g} times as much between its slides as in 'demo'")
 
     def build(folder: Path) -> list[str]:
         make_slides(slides, params, seed, workers=workers, progress=progress)

@@ -1,6 +1,6 @@
 """Slide-level models: multiple instance learning on bags of patch features. One architecture per file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from histodd_bench.errors import UsageError, unknown_name
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MIL_MODELS", "MILEntry", "build_mil"]
+__all__ = ["MIL_MODELS", "MILEntry", "build_mil", "check_models"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ MIL_MODELS: dict[str, MILEntry] = {
 }  # fmt: skip
 
 
+def check_models(names: Sequence[str]) -> tuple[str, ...]:
+    """Refuse unknown names of slide-level models, with the nearest match."""
+    for name in names:
+        if name not in MIL_MODELS:
+            raise unknown_name("slide-level model", name, MIL_MODELS)
+    return tuple(names)
+
+
 def build_mil(
     name: str, *, in_features: int, num_classes: int, seed: int, width: int | None = None, dropout: float | None = None
 ) -> "nn.Module":
@@ -82,8 +90,7 @@ def build_mil(
         UsageError: unknown name (with the nearest match), fewer than two classes, an impossible width.
         HistoddError: a package it needs is not installed.
     """
-    if name not in MIL_MODELS:
-        raise unknown_name("slide-level model", name, MIL_MODELS)
+    check_models([name])
     if num_classes < 2:
         raise UsageError(f"{name} needs at least two classes, got {num_classes}")
     import torch

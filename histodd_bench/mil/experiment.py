@@ -1,8 +1,7 @@
 """Slide-level experiments: the slides of a data set, their sets, bags and features, and one record per trained model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,7 @@ from histodd_bench.mil import MIL_MODELS
 from histodd_bench.mil.bags import Bags, make_bags, slide_labels
 from histodd_bench.mil.features import Encoder, extract, make_encoder
 from histodd_bench.mil.training import MILRecipe, MILTraining, score_mil, train_mil
-from histodd_bench.request import Cell
+from histodd_bench.request import Cell, SlideOptions
 from histodd_bench.slides_distill import SlideDistiller
 
 VERSION = 1  # raised when the same configuration would give other results
@@ -26,23 +25,6 @@ VERSION = 1  # raised when the same configuration would give other results
 # Fields of MILRecipe by preset, then by model; what the command line sets with --set mil.field=value wins.
 RECIPES: dict[str, dict[str, Any]] = {"quick": {"width": 128}, "standard": {}, "paper": {}}
 MODEL_FIELDS: dict[str, dict[str, dict[str, Any]]] = {"quick": {"transmil": {"width": 64}}}
-
-
-@dataclass(frozen=True)
-class SlideOptions:
-    """What the command line says about the slide level.
-
-    Attributes:
-        models: keys of MIL_MODELS.
-        encoder, weights: see :func:`histodd_bench.mil.features.make_encoder`.
-        engine, engine_options: where slides are distilled.
-    """
-
-    models: tuple[str, ...]
-    encoder: str = "auto"
-    weights: str | None = None
-    engine: str = "local"
-    engine_options: Mapping[str, str] = field(default_factory=dict)
 
 
 class SlideExperiment:
@@ -190,6 +172,10 @@ class SlideExperiment:
         config["eval"] = self.eval_config(cell.arch, cell.eval_seed)
         return config
 
+    def place(self, cell: Cell) -> tuple[str, str]:
+        """Where a cell stands in the table: its row has no name of its own beyond method and images per class."""
+        return "", MIL_MODELS[cell.arch].title
+
     def cell(self, cell: Cell) -> results.Record:
         """Train a model on a method's bags and score it on all patches of the test slides."""
         config = self.cell_config(cell)
@@ -222,6 +208,7 @@ class SlideExperiment:
             "predictions": {
                 "probabilities": results.pack(probabilities.numpy().astype(np.float32)),
                 "labels": results.pack(self.test.labels.numpy().astype(np.int16)),
+                "groups": results.pack(np.arange(len(self.test), dtype=np.int32)),
                 "slides": list(self.test.names),
             },
         }
@@ -235,13 +222,3 @@ class SlideExperiment:
             "test_slides": self.test.class_counts(),
             "bag_sizes": [min(sizes), int(np.median(sizes)), max(sizes)] if sizes else [],
         }
-
-
-def model_names(names: tuple[str, ...] | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """Models asked for, every name checked."""
-    from histodd_bench.errors import unknown_name
-
-    for name in names or ():
-        if name not in MIL_MODELS:
-            raise unknown_name("slide-level model", name, MIL_MODELS)
-    return names or default

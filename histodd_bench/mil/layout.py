@@ -14,7 +14,7 @@ from histodd_bench.results import Record
 from histodd_bench.tables.declaration import Metric
 from histodd_bench.tables.slide_level import SlideTable
 
-FULL = "Full"
+FULL, HEAD = "Full", "Set"
 
 
 def config_group(record: Record) -> str:
@@ -89,8 +89,8 @@ def block(
                 times = whole.mean / cell.mean if metric.times and whole is not None and cell.mean > 0 else None
                 cell = Value(cell.mean, cell.sd, cell.n, metric, best, times)
             row.append(cell)
-        name = title if ipc is None else f"{ipc} {title}"
-        rows.append(Row(metric.title, f"{name} ({variant})" if variant else name, ratio(ipc), row))
+        budget = "" if ipc is None else str(ipc)
+        rows.append(Row(metric.title, budget, ratio(ipc), row, label=f"{title} ({variant})" if variant else title))
     return rows if any(c is not None for r in rows for c in r.cells) else []
 
 
@@ -114,7 +114,8 @@ def paper_rows(table: SlideTable, metric: Metric, dataset: str, columns: Mapping
                 Value(*printed.value, 0, metric, printed=printed) if printed else texts.get((dataset, ipc, name), "")
             )
         if any(c != "" for c in cells):
-            rows.append(Row(metric.title, FULL if ipc is None else f"{ipc} Histo-DD", "", cells, source="paper"))
+            budget, label = ("", FULL) if ipc is None else (str(ipc), "Histo-DD")
+            rows.append(Row(metric.title, budget, "", cells, source="paper", label=label))
     return rows
 
 
@@ -162,7 +163,7 @@ def table4_grids(
         }
         shown = f"{dataset} (procedural data)" if data["procedural"] else dataset
         encoder = first["config"]["eval"]["encoder"]["title"]
-        grid = Grid(f"{table.title}: {shown}", dataset, encoder, list(columns))
+        grid = Grid(f"{table.title}: {shown}", dataset, encoder, list(columns), head=HEAD)
         sets = ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))
         frames = frames_of(table, same, labels, lambda r: MIL_MODELS[r["arch"]].title)
         counts = {r["ipc"]: r["storage"]["count"] for r in same if r["ipc"] is not None}

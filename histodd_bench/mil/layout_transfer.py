@@ -9,7 +9,16 @@ from typing import Any
 from histodd_bench.files import digest
 from histodd_bench.layout import Cell, Grid, Row
 from histodd_bench.mil import MIL_MODELS
-from histodd_bench.mil.layout import block, frames_of, groups_of, ordered_sets, paper_rows, slide_records, variants
+from histodd_bench.mil.layout import (
+    HEAD,
+    block,
+    frames_of,
+    groups_of,
+    ordered_sets,
+    paper_rows,
+    slide_records,
+    variants,
+)
 from histodd_bench.results import Record
 from histodd_bench.tables.slide_level import SlideTable
 
@@ -47,7 +56,7 @@ def table5_grids(
         frames = frames_of(table, same, labels, _column)
         shown = f"{dataset} (procedural data)" if data["procedural"] else dataset
         title = f"{table.title}: {shown}, {config['source']} => {config['target']}"
-        grid = Grid(title, dataset, ", ".join(sorted({r["arch"] for r in same})), columns)
+        grid = Grid(title, dataset, ", ".join(sorted({r["arch"] for r in same})), columns, head=HEAD)
         source = next((name for part, name in PAPER_CENTRES.items() if part in config["source"].lower()), "")
         levels = {c: "slide" if c.startswith("Slides") else "patch" for c in columns}
         for metric in table.metrics:
@@ -85,7 +94,7 @@ def _gains(
             own = accuracies(column, ipc, title, label)
             seeds = sorted(none.keys() & full.keys() & own.keys())
             cells.append(share([none[s] for s in seeds], [full[s] for s in seeds], [own[s] for s in seeds]))
-        rows.append(Row(GAIN, f"{ipc} {title}" + (f" ({label})" if label else ""), "", cells))
+        rows.append(Row(GAIN, str(ipc), "", cells, label=f"{title} ({label})" if label else title))
     return rows
 
 

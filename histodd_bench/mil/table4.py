@@ -1,6 +1,5 @@
 """Running Table 4: slides distilled one by one, their features, then one slide-level model per cell."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,36 +10,12 @@ from histodd_bench.data.centres import open_experiment
 from histodd_bench.engines import Engine
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
-from histodd_bench.mil.experiment import SlideExperiment, SlideOptions, model_names
+from histodd_bench.mil.experiment import SlideExperiment
 from histodd_bench.progress import Progress
 from histodd_bench.request import Cell, Request
 from histodd_bench.slides_cli import engine_device, workers_of
 from histodd_bench.slides_distill import SlideDistiller, SlideJob, distill_slides
 from histodd_bench.tables.slide_level import SlideTable
-
-# Seeds where the command line names none: a slide-level table distils every slide once per seed and budget.
-SEEDS: dict[str, tuple[int, int]] = {"quick": (1, 2)}
-
-
-def run(args: argparse.Namespace, table: SlideTable, requests: Sequence[Request], progress: Progress) -> None:
-    """Compute the table, or what is missing of it."""
-    options = SlideOptions(
-        model_names(args.mil, table.models), args.encoder, args.encoder_weights, args.engine, dict(args.engine_options)
-    )
-    for request in requests:
-        run_one(slide_request(request, args), options, table, progress)
-
-
-def slide_request(request: Request, args: argparse.Namespace) -> Request:
-    """The request with the seeds and threads of slide-level work: one thread per worker."""
-    seeds, eval_seeds = SEEDS.get(request.preset.name, (request.seeds, request.eval_seeds))
-    return replace(
-        request,
-        seeds=args.seeds or seeds,
-        eval_seeds=args.eval_seeds or eval_seeds,
-        threads=args.threads or 1,
-        archs=request.archs,
-    )
 
 
 def table_cells(request: Request, models: Sequence[str]) -> list[Cell]:
@@ -56,8 +31,9 @@ def table_cells(request: Request, models: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def run_one(request: Request, options: SlideOptions, table: SlideTable, progress: Progress) -> int:
-    """One data set; returns how many cells were computed now."""
+def run(request: Request, table: SlideTable, progress: Progress) -> None:
+    """Compute the table for one data set, or what is missing of it."""
+    options = request.slides
     experiment = open_experiment(request, progress)
     current = SlideExperiment(experiment, options)
     progress.log(experiment.budget())
@@ -67,8 +43,15 @@ def run_one(request: Request, options: SlideOptions, table: SlideTable, progress
     for method in (m for m in request.methods if not method_entry(m).whole):
         make_sets(current.distiller(method), request.ipc, range(request.seeds), engine, progress)
     todo = table_cells(request, options.models)
+    plan_cells(current, todo, table, request)
     local = Engine("local", workers_of(request), engine_device(experiment), request.out / "work")
-    return run_cells(current, todo, local, partial(_open, request, options), request, progress)
+    run_cells(current, todo, local, partial(_open, request), request, progress)
+
+
+def plan_cells(current: Any, todo: Sequence[Any], table: SlideTable, request: Request) -> None:
+    """Remember which records the table asked for, and where they stand in it."""
+    places = {results.key_of(current.cell_config(cell)): [list(current.place(cell))] for cell in todo}
+    results.write_plan(request.out, table.name, {request.dataset: {"cells": places}})
 
 
 def make_sets(
@@ -98,8 +81,8 @@ def run_cells(
     opener: Callable[[str], Callable[[Any], None]],
     request: Request,
     progress: Progress,
-) -> int:
-    """Compute the cells without a record on an engine of this machine; returns how many there were."""
+) -> None:
+    """Compute the cells without a record on an engine of this machine."""
     records, ignored = results.read_records(request.out)
     for line in ignored:
         progress.log(line)
@@ -109,19 +92,18 @@ def run_cells(
     missing = [cell for cell in todo if results.key_of(current.cell_config(cell)) not in finished]
     if not missing:
         progress.log(f"{request.dataset}: all {len(todo)} cells are finished already")
-        return 0
+        return
     current.prepare(missing)  # features, before workers would each extract them
     with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
         failures = engine.run(opener, missing, task.advance)
     if failures:
         cell, why = next(iter(failures.items()))
         raise HistoddError(f"{cell.arch} on {cell.method} ({len(failures)} cells in all): {why}")
-    return len(missing)
 
 
-def _open(request: Request, options: SlideOptions, device: str) -> Callable[[Cell], None]:
+def _open(request: Request, device: str) -> Callable[[Cell], None]:
     """What a worker does first."""
-    current = SlideExperiment(open_experiment(replace(request, device=device), Progress.silent()), options)
+    current = SlideExperiment(open_experiment(replace(request, device=device), Progress.silent()), request.slides)
 
     def compute(cell: Cell) -> None:
         results.write_record(request.out, current.cell(cell))

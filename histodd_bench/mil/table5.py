@@ -5,7 +5,6 @@ a model of its own, fine-tunes it on the source centre's data (distilled patches
 test slides. The source distils with its own pool, stain policy and slides; it sees nothing of the target's.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -29,12 +28,12 @@ from histodd_bench.experiment import Experiment
 from histodd_bench.files import digest, read_state, save_state
 from histodd_bench.methods import method_entry
 from histodd_bench.mil import build_mil
-from histodd_bench.mil.experiment import SlideExperiment, SlideOptions, model_names
-from histodd_bench.mil.table4 import make_sets, run_cells, slide_request
+from histodd_bench.mil.experiment import SlideExperiment
+from histodd_bench.mil.table4 import make_sets, plan_cells, run_cells
 from histodd_bench.mil.training import MILTraining, TransferRecipe, score_mil, train_mil
 from histodd_bench.models import build
 from histodd_bench.progress import Progress
-from histodd_bench.request import Request
+from histodd_bench.request import Request, SlideOptions
 from histodd_bench.slides_cli import engine_device, workers_of
 from histodd_bench.tables.slide_level import SlideTable
 from histodd_bench.training import Trainer, predict
@@ -182,6 +181,10 @@ class Transfer:
             trainer.run_epoch()
         return trainer.epoch_seconds
 
+    def place(self, cell: TransferCell) -> tuple[str, str]:
+        """Where a cell stands in the table: its direction and level."""
+        return f"{cell.source} => {cell.target}", "Slides" if cell.level == SLIDE else "Patches"
+
     def cell(self, cell: TransferCell) -> results.Record:
         """Fine-tune the target's model with what the source shares, and score it on the target's test slides."""
         config = self.cell_config(cell)
@@ -193,6 +196,7 @@ class Transfer:
             else:
                 probabilities, labels, metrics = self._fine_tune_patches(cell, trained)
         experiment = self.experiment(cell.target)
+        groups = experiment.dataset.test.groups.numpy() if cell.level == PATCH else np.arange(len(labels))
         weight, seconds = self._weight(cell)
         return {
             "key": key,
@@ -214,6 +218,7 @@ class Transfer:
             "predictions": {
                 "probabilities": results.pack(probabilities.numpy().astype(np.float32)),
                 "labels": results.pack(labels.numpy().astype(np.int16)),
+                "groups": results.pack(groups.astype(np.int32)),
             },
         }  # fmt: skip
 
@@ -294,16 +299,9 @@ def transfer_cells(request: Request, options: SlideOptions, centres: Sequence[st
     return cells
 
 
-def run(args: argparse.Namespace, table: SlideTable, requests: Sequence[Request], progress: Progress) -> None:
-    """Compute the table, or what is missing of it."""
-    models = model_names(args.mil, table.models)
-    options = SlideOptions(models, args.encoder, args.encoder_weights, args.engine, dict(args.engine_options))
-    for request in requests:
-        run_one(slide_request(request, args), options, progress)
-
-
-def run_one(request: Request, options: SlideOptions, progress: Progress) -> int:
-    """One data set; returns how many cells were computed now."""
+def run(request: Request, table: SlideTable, progress: Progress) -> None:
+    """Compute the table for one data set, or what is missing of it."""
+    options = request.slides
     centres = centres_of(open_experiment(request, progress).dataset)
     current = Transfer(request, options, progress)
     for centre in centres:
@@ -312,7 +310,7 @@ def run_one(request: Request, options: SlideOptions, progress: Progress) -> int:
     device = engine_device(current.experiment(centres[0]))
     local = Engine("local", workers, device, request.out / "work")
     engine = Engine(options.engine, workers, device, request.out / "work", options.engine_options)
-    opener = partial(_open, request, options)
+    opener = partial(_open, request)
     budgeted = [m for m in request.methods if not method_entry(m).whole]
     jobs = [
         SetJob(centre, method, ipc, seed)
@@ -333,13 +331,14 @@ def run_one(request: Request, options: SlideOptions, progress: Progress) -> int:
                 current.slides(centre, centre).distiller(method), request.ipc, range(request.seeds), engine, progress
             )
     todo = transfer_cells(request, options, centres)
-    done = run_cells(current, [c for c in todo if c.method == "none"], local, opener, request, progress)
-    return done + run_cells(current, [c for c in todo if c.method != "none"], local, opener, request, progress)
+    plan_cells(current, todo, table, request)
+    run_cells(current, [c for c in todo if c.method == "none"], local, opener, request, progress)
+    run_cells(current, [c for c in todo if c.method != "none"], local, opener, request, progress)
 
 
-def _open(request: Request, options: SlideOptions, device: str) -> Callable[[Any], None]:
+def _open(request: Request, device: str) -> Callable[[Any], None]:
     """What a worker does first."""
-    current = Transfer(replace(request, device=device), options, Progress.silent())
+    current = Transfer(replace(request, device=device), request.slides, Progress.silent())
 
     def work(job: TransferCell | SetJob) -> None:
         if isinstance(job, SetJob):

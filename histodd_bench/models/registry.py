@@ -57,11 +57,33 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 
+PRETRAINED: dict[str, ModelEntry] = {  # refused where the weights are not on the machine
+    f"{name}-imagenet": ModelEntry(
+        f"histodd_bench.models.imagenet:{cls}ImageNet",
+        f"{MODELS[name].description.split(';')[0]}, ImageNet weights",
+        32,
+    )
+    for name, cls in (("resnet18", "ResNet18"), ("densenet121", "DenseNet121"), ("vit", "ViT"))
+}
+
+
+def model_entry(name: str) -> ModelEntry:
+    """The entry of a network; an unknown name is refused with the nearest match.
+
+    Raises:
+        UsageError: no such network.
+    """
+    known = {**MODELS, **PRETRAINED}
+    if name not in known:
+        raise unknown_name("model", name, known)
+    return known[name]
+
+
 def build(name: str, *, num_classes: int, image_size: int, width: int | None = None, generator_seed: int) -> nn.Module:
     """A network, initialised from ``generator_seed`` and nothing else; torch's global generator is left as it was.
 
     Args:
-        name: a key of :data:`MODELS`.
+        name: a key of :data:`MODELS` or :data:`PRETRAINED`.
         num_classes: outputs, at least 2.
         image_size: side of the square patches in pixels.
         width: see :data:`MODELS`; None for the published width.
@@ -70,10 +92,9 @@ def build(name: str, *, num_classes: int, image_size: int, width: int | None = N
     Raises:
         UsageError: unknown name (with the nearest match), patches too small for the network, fewer than two
             classes, or a width below 1.
+        HistoddError: ImageNet weights are asked for and not on this machine.
     """
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    entry = MODELS[name]
+    entry = model_entry(name)
     if image_size < entry.min_size:
         raise UsageError(
             f"patches of {image_size} px are too small for {name}: it needs at least {entry.min_size} px; "
@@ -83,6 +104,8 @@ def build(name: str, *, num_classes: int, image_size: int, width: int | None = N
         raise UsageError(f"{name} needs at least two classes, got {num_classes}")
     if width is not None and width < 1:
         raise UsageError(f"the width of {name} must be at least 1, got {width}")
+    if width is not None and name in PRETRAINED:
+        raise UsageError(f"{name} has the width of its weights: leave the width away")
     options = {} if width is None else {"width": width}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator_seed)

@@ -1,0 +1,134 @@
+"""The notes below a table: what a reader must know of the protocol, the data and the machine."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+
+from histodd_bench import bootstrap, paper
+from histodd_bench.results import Record
+from histodd_bench.tables import Table
+
+
+def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame, intervals: bool) -> list[str]:
+    """What a reader must know: networks, budget, stain policy, seeds, device, data."""
+    config, data = records[0]["config"], records[0]["data"]
+    evaluation = config["eval"]
+    varied = table.varied("eval")
+    notes = []
+    if data["procedural"]:
+        notes.append(f"{dataset} is procedural: its pictures are computer-made; nothing here is about patients.")
+    size = config["data"]["image_size"]
+    width = evaluation.get("width")
+    arch = f"{evaluation['arch']}{'' if width is None else f' (width {width})'}"
+    pools = {json.dumps(r["config"]["set"]["pool"], sort_keys=True) for r in records if r["config"]["set"].get("pool")}
+    budget = (
+        f"{evaluation['epochs']} epochs" if evaluation.get("epochs") is not None else f"{evaluation['steps']} steps"
+    )
+    augment = "by column" if "augment" in varied else ", ".join(evaluation["augment"]) or "none"
+    notes.append(
+        f"Evaluated on {'several networks' if table.across == 'archs' else arch} at {size} px: {budget} for every method, "
+        f"Full included; SGD {evaluation['lr']} / {evaluation['momentum']} / {evaluation['weight_decay']}, batch "
+        f"{evaluation['batch_size']}; augmentation {augment}; class sampling "
+        f"{'balanced' if evaluation['balanced'] else 'natural'}; the last epoch is scored."
+    )
+    for pool in (json.loads(p) for p in sorted(pools)):
+        long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
+        wide = "" if pool.get("width") is None else f" (width {pool['width']})"
+        line = f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}."
+        notes += [] if line in notes else [line]
+    notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
+    whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
+    selection = part["distill_seed"].dropna().nunique()
+    notes.append(
+        f"mean ± standard deviation (n) over at most {selection} selection or distillation seeds x "
+        f"{part['eval_seed'].nunique()} evaluation seeds{whole}. - = not computed yet."
+    )
+    notes.append("Ratio % = images per class x classes / training patches. Best method with a budget in bold.")
+    if intervals:
+        notes.append(
+            f"Points above the best coreset: difference of the means [95 % interval: test slides or patients drawn again "
+            f"{bootstrap.DRAWS} times, the same for both; seeds as they are]. The best coreset is the one with the highest mean on "
+            "these test patches, which favours the coresets."
+        )
+    devices = sorted({_device(r["environment"]) for r in records})
+    notes.append(
+        f"Times on {'; '.join(devices)}: the median epoch after the first, loading included; (xN) = N times less than Full."
+    )
+    if "derived.epochs_to_pay" in {m.key for m in table.metrics}:
+        notes.append(
+            "Epochs after which it has paid for itself: making the set, its networks included, over the time it saves in every "
+            "epoch against the whole set. Networks shared by several sets are counted for each. Loading is timed alone, after "
+            "the training; peak memory is that of the device's allocator, on a CPU of the whole process."
+        )
+    if table.across == "archs":
+        notes += epoch_costs(part)
+    notes.append(
+        f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
+        f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
+    )
+    notes += data["notes"] if table.kind == "sequence" else [f"{dataset}: {note}" for note in data["notes"]]
+    notes += table.remarks
+    if any(key[0] == dataset for key in table.paper_archs):
+        notes.append(f"'paper': as printed in the paper for {paper.DATASETS.get(dataset, dataset)}, at 256 or 1024 px.")
+    if any(key[0] == dataset for key in table.paper):
+        notes.append(
+            f"'paper': as printed in the paper for {paper.DATASETS.get(dataset, dataset)}, on {table.paper_arch}."
+        )
+    return notes
+
+
+def _stain_notes(records: list[Record]) -> list[str]:
+    seen: dict[str, str] = {}
+    for record in records:
+        recipe, policy = record["config"]["eval"], record.get("stain") or {}
+        line = (
+            f"Stain normalisation: training probability {recipe['stain_train']:g}, at test {'yes' if recipe['stain_test'] else 'no'}, "
+            f"the same for every method ({policy.get('chosen', 'not recorded')}"
+        )
+        scores = policy.get("scores") or {}
+        numbers = {k: v for k, v in scores.items() if isinstance(v, int | float) and math.isfinite(v)}
+        line += (": " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()) if numbers else "") + ")."
+        seen.setdefault(line, line)
+    return list(seen)
+
+
+def epoch_costs(part: pd.DataFrame) -> list[str]:
+    """What an epoch takes, taken apart: seconds for each optimiser step and for each patch, fitted for every network.
+
+    Relative least squares of ``epoch = steps x a + patches x b`` over the records, with neither below zero. It explains why the
+    factor against the whole set is not the ratio of set sizes.
+
+    Args:
+        part: rows of :func:`histodd_bench.results.to_frame`, with ``title`` naming the network.
+    """
+    lines = []
+    columns = ["metrics.epoch_seconds", "metrics.steps", "metrics.epochs", "storage.count"]
+    if not set(columns) <= set(part.columns):
+        return []
+    for title, rows in part.groupby("title", sort=False):
+        epoch, steps, epochs, patches = (rows[c].astype(float).to_numpy() for c in columns)
+        small, whole = rows["ipc"].notna().to_numpy(), rows["ipc"].isna().to_numpy()
+        if not small.any() or not whole.any() or not (np.isfinite(epoch) & (epoch > 0)).all():
+            continue
+        made = np.stack([steps / epochs, patches], 1) / epoch[:, None]
+        (a, b), *_ = np.linalg.lstsq(made, np.ones(len(epoch)), rcond=None)
+        if a < 0:
+            a, b = 0.0, float(made[:, 1].sum() / (made[:, 1] ** 2).sum())
+        if b < 0:
+            a, b = float(made[:, 0].sum() / (made[:, 0] ** 2).sum()), 0.0
+        smallest = patches[small].min()
+        ratio = patches[whole].mean() / smallest
+        found = epoch[whole].mean() / epoch[small & (patches == smallest)].mean()
+        lines.append(
+            f"{title}: an epoch takes about {1000 * a:.3g} ms for each step and {1000 * b:.3g} ms for each patch (fitted), so "
+            f"{smallest:.0f} patches are {found:.0f} times faster than {patches[whole].mean():.0f} (x{ratio:.0f} patches)."
+        )
+    return lines
+
+
+def _device(environment: dict[str, object]) -> str:
+    side = environment.get("workers")
+    beside = f", {side} processes side by side" if isinstance(side, int) and side > 1 else ""
+    return f"{environment['device']}, {environment['threads']} threads{beside}"
