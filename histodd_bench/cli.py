@@ -297,6 +297,14 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _data(args: argparse.Namespace) -> int:
+    from histodd_bench.data_commands import run
+
+    # One more than cores: a worker waits for the disk at the end of every slide.
+    args.workers = getattr(args, "workers", None) or min(_cores() + 1, MOST_WORKERS)
+    return run(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from histodd_bench.doctor import report
 
@@ -321,6 +329,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": _report,
     "compare": _compare,
     "profile": _profile,
+    "data": _data,
     "doctor": _doctor,
 }
 

@@ -108,8 +108,8 @@ class Experiment:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Channel statistics and stain template of the training set, for every network."""
-        return describe(self.dataset.train)
+        """Channel statistics and stain template of the training set, for every network; stored with sets made from slides."""
+        return self.dataset.preprocessing or describe(self.dataset.train)
 
     def training_data(self, changes: Changes = ()) -> tuple[PatchSet, Preprocessing]:
         """Training patches and their description: as loaded, or stain-normalised beforehand where a column asks for it."""

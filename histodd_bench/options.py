@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from histodd_bench import __version__
+from histodd_bench.data_options import add_data_options
 from histodd_bench.errors import UsageError
 
 DESCRIPTION = """\
@@ -318,6 +319,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")
     sub.add_argument("--show", type=Path, metavar="FILE", help="print a record that is there and measure nothing")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    add_data_options(command("data", "prepare, describe, download or export a data set"))
 
     sub = command("doctor", "versions, devices, compiled operators, folders: what works here and why not")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")

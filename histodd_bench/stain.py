@@ -15,6 +15,7 @@ from histodd_bench.stain_definitions import definition as find_definition
 REFERENCE_STAIN = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))  # Macenko et al. 2009, columns H and E
 REFERENCE_MAX_CONCENTRATION = (1.9705, 1.0308)
 _CHUNK = 1024
+_VALUES = 1 << 24  # held in double precision at once
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def describe(train: PatchSet) -> Preprocessing:
     from the closest on, until the Macenko fit of one is valid.
     """
     sums, squares = [], []
-    for start in range(0, len(train), _CHUNK):
-        x = train.float_batch(slice(start, start + _CHUNK)).double().flatten(2)
+    step = max(min(_CHUNK, _VALUES // train.images.shape[1:].numel()), 1)
+    for start in range(0, len(train), step):
+        x = train.float_batch(slice(start, start + step)).double().flatten(2)
         sums.append(x.mean(2))
         squares.append(x.square().mean(2))
     first, second = torch.cat(sums), torch.cat(squares)

@@ -13,7 +13,7 @@ import openslide
 import pytest
 import torch
 
-from histodd_bench.data import demo, wsi
+from histodd_bench.data import annotations, demo
 from histodd_bench.data.demo import DemoParams
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.progress import Progress
@@ -45,9 +45,9 @@ def test_slides_are_pyramids_with_scale_and_annotation(slides):
         with openslide.OpenSlide(path) as slide:
             assert slide.dimensions == (832, 832) and slide.level_count == 2
             assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(MPP)
-        for polygon in wsi.read_asap(path.with_suffix(".xml")):
+        for polygon in annotations.read_asap(path.with_suffix(".xml")):
             assert polygon.inside and len(polygon.points) > 20
-    assert wsi.read_asap(folder / "slide_004.xml") == [], "every fifth slide has no tumour"
+    assert annotations.read_asap(folder / "slide_004.xml") == [], "every fifth slide has no tumour"
     with open(folder / "slides.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["split"] for row in rows] == ["train"] * 4 + ["test"] * 2

@@ -216,7 +216,7 @@ def test_what_makes_a_slide_level_table_impossible() -> None:
     assert "does not say which centre" in why("table5", dataset(None, labels=[0, 0, 0, 1, 0, 0, 1, 1]))
     assert "training slides of some are all of class 't'" in why("table4", dataset(None))
     single = dataclasses.replace(good.train, groups=torch.arange(8), group_names=tuple("abcdefgh"))
-    assert "every patch is a slide of its own" in why("table4", Dataset("some", single, single, False))
+    assert "does not say which slide its training patches come from" in why("table4", Dataset("some", single, single, False))
     assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
 
 

@@ -9,19 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from histodd_bench.data.annotations import Polygon, polygon_mask, read_asap
 from histodd_bench.data.pyramid import write_pyramid
-from histodd_bench.data.wsi import (
-    Mask,
-    Polygon,
-    Slide,
-    SlideError,
-    UnreadableTile,
-    level0_mpp,
-    otsu,
-    polygon_mask,
-    read_asap,
-    tissue_mask,
-)
+from histodd_bench.data.tissue import Mask, otsu, tissue_mask
+from histodd_bench.data.wsi import Slide, SlideError, UnreadableTile, level0_mpp
 from histodd_bench.errors import HistoddError
 
 
@@ -79,7 +70,7 @@ def test_the_same_field_agrees_at_every_scale(slide_path, mpp):
 
 def test_a_level_within_one_percent_is_used_as_it_is(slide_path):
     with Slide(slide_path) as slide:
-        assert slide._level_for(1.0 * 0.995) == 1 and slide._level_for(0.98) == 0 and slide._level_for(99) == 2
+        assert [slide.level_for(mpp)[0] for mpp in (0.995, 0.98, 99)] == [1, 0, 2]
         with pytest.raises(SlideError, match=r"scanned at 0.5 mpp, too coarse for 0.25"):
             slide.read(0, 0, 8, 8, 0.25)
 

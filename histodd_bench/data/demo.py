@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from histodd_bench.data import wsi
+from histodd_bench.data.annotations import polygon_mask, read_asap
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.data.images import resize
 from histodd_bench.data.pyramid import write_pyramid
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, locked
+from histodd_bench.data.tissue import tissue_mask
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import digest, write_text
 
@@ -191,8 +193,8 @@ def _tile(writer: StoreWriter, path: Path, centre: int, image_size: int) -> None
         size = min(image_size, int(side))
         mpp = FIELD / size
         corners = slide.grid(size, mpp)
-        tumour = wsi.polygon_mask(wsi.read_asap(path.with_suffix(".xml")), slide, _MASK_MPP).fraction(corners, side)
-        tissue = wsi.tissue_mask(slide, _MASK_MPP).fraction(corners, side)
+        tumour = polygon_mask(read_asap(path.with_suffix(".xml")), slide, _MASK_MPP).fraction(corners, side)
+        tissue = tissue_mask(slide, _MASK_MPP).fraction(corners, side)
         chosen = (tissue >= _MIN_TISSUE) & ((tumour >= _TUMOUR_ABOVE) | (tumour <= _NORMAL_BELOW))
         corners, labels = corners[chosen], (tumour[chosen] >= _TUMOUR_ABOVE).astype(int)
         tiles = []

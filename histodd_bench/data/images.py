@@ -1,9 +1,11 @@
 """Image files to patches: every common pixel format becomes RGB uint8; what cannot be read is named, never fatal."""
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,11 +35,35 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def read_rgb(path: Path) -> np.ndarray:
+_LARGE = 1 << 24  # px; larger images are shrunk as a whole, not as floating-point numbers
+_pixel_limit = threading.Lock()
+
+
+@contextmanager
+def pixels_allowed(count: int | None) -> Iterator[None]:
+    """Let Pillow open images of up to ``count`` pixels within the block; None keeps its own limit (179 million)."""
+    if count is None:
+        yield
+        return
+    with _pixel_limit:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = count // 2  # Pillow warns from this on and refuses from twice this on
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def read_rgb(path: Path, *, max_pixels: int | None = None, at_least: int | None = None) -> np.ndarray:
     """Read the first frame of an image file.
 
     Grayscale, palette, CMYK and 1-bit images become RGB; 16-bit grayscale is scaled by its full range (65535 -> 255);
     transparency is composited on white, the colour of empty glass. Orientation tags are ignored.
+
+    Args:
+        max_pixels: raises Pillow's limit on the size of an image, while it is read.
+        at_least: a pixel count per side that is enough: an image of more than 16 million pixels is box-averaged by a whole
+            factor down to no less than that, which takes a fraction of the memory.
 
     Returns:
         ``[H,W,3]`` uint8.
@@ -48,8 +74,11 @@ def read_rgb(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images and odd metadata are not the user's problem here
-            with Image.open(path) as image:
+            with pixels_allowed(max_pixels), Image.open(path) as image:
                 image.load()
+                factor = min(image.size) // at_least if at_least and image.width * image.height > _LARGE else 1
+                if factor > 1 and image.mode in ("RGB", "RGBA", "L"):
+                    return np.asarray(_to_rgb(image.reduce(factor)))
                 return np.asarray(_to_rgb(image))
     except UnreadableImage:
         raise

@@ -1,8 +1,9 @@
 """Patch sets on disk: written as a stream, opened by memory mapping, never half there.
 
 A store is a folder: ``images.npy`` (uint8 [N,3,H,W]), one ``.npy`` per column (labels, groups, and where known centres,
-x, y, level, mpp), and ``meta.json`` (names, shape, version, fingerprint). A cached dataset is a folder with a ``train`` and a
-``test`` store and ``dataset.json``. Both are written beside their final place and renamed when complete.
+slides, x, y, level, mpp), and ``meta.json`` (names, shape, version, fingerprint). A cached dataset is a folder with a ``train``
+and a ``test`` store, ``dataset.json`` and, where it was made from slides, ``template.json``. Everything is written beside its
+final place and renamed when complete.
 """
 
 import fcntl
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError
 from histodd_bench.files import PARTIAL, digest, write_text, writing
 
+if TYPE_CHECKING:
+    from histodd_bench.stain import Preprocessing
+
 VERSION = 1
-_FORMAT = "histodd-bench patch store"
+FORMAT = "histodd-bench patch store"
 # A private writable mapping is charged in full against memory unless it says NORESERVE: without it Linux refuses to map
 # a store larger than RAM. Python names the flag only from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -42,6 +46,8 @@ class Dataset:
     Attributes:
         procedural: True where the pictures are computer-made; said wherever numbers of this dataset are shown.
         notes: what a reader of the results must know (skipped files, how the split was made), one sentence each.
+        preprocessing: channel statistics and stain template of the training patches where they are stored with them.
+        folder: where the stores are.
     """
 
     name: str
@@ -49,6 +55,8 @@ class Dataset:
     test: PatchSet
     procedural: bool
     notes: tuple[str, ...] = ()
+    preprocessing: "Preprocessing | None" = None
+    folder: Path | None = None
 
 
 class StoreWriter:
@@ -68,9 +76,10 @@ class StoreWriter:
     ):
         self.folder = Path(folder)
         self.classes, self.centre_names = tuple(classes), tuple(centre_names)
-        self._size = tuple(image_size)
+        self._size = (image_size[0], image_size[1])
         self._count = 0
         self._groups: dict[str, int] = {}
+        self._slides: dict[str, int] = {}
         self._columns: dict[str, list[np.ndarray]] = {}
         self._partial = self.folder.with_name(self.folder.name + PARTIAL)
         with writing(self._partial):
@@ -87,6 +96,11 @@ class StoreWriter:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the patches in pixels."""
+        return self._size
+
     def append(
         self, images: np.ndarray, labels: Sequence[int], groups: Sequence[str], **columns: Sequence[Any]
     ) -> None:
@@ -96,13 +110,15 @@ class StoreWriter:
             images: ``[B,3,H,W]`` uint8.
             labels: ``[B]`` class indices.
             groups: ``[B]`` slide or patient names.
-            columns: ``[B]`` numbers each; ``centres`` (indices into ``centre_names``), ``x``, ``y``, ``level``, ``mpp``.
-                Every batch must bring the same columns.
+            columns: ``[B]`` numbers each; ``centres`` (indices into ``centre_names``), ``x``, ``y``, ``level``, ``mpp``;
+                ``slides`` takes names. Every batch must bring the same columns.
         """
         if images.dtype != np.uint8 or images.shape[1:] != (3, *self._size):
             raise HistoddError(f"a store of {self._size} px takes uint8 [B,3,H,W], got {images.dtype} {images.shape}")
         ids = [self._groups.setdefault(name, len(self._groups)) for name in groups]
         batch = {"labels": labels, "groups": ids, **columns}
+        if "slides" in columns:
+            batch["slides"] = [self._slides.setdefault(name, len(self._slides)) for name in columns["slides"]]
         if self._count and batch.keys() != self._columns.keys():
             raise HistoddError(f"columns changed between batches: {sorted(self._columns)} then {sorted(batch)}")
         for name, values in batch.items():
@@ -114,8 +130,13 @@ class StoreWriter:
             self._file.write(np.ascontiguousarray(images).data)
         self._count += len(images)
 
-    def finish(self) -> PatchSet:
-        """Complete the store, move it into place and open it."""
+    def finish(self, *, about: dict[str, Any] | None = None, fingerprint: bool = True) -> PatchSet:
+        """Complete the store, move it into place and open it.
+
+        Args:
+            about: JSON values kept with the store, see :func:`about`.
+            fingerprint: whether to compute it now, which reads all pixels once more, or leave it to whoever asks.
+        """
         with writing(self._partial):
             self._file.seek(0)
             self._write_header()
@@ -129,15 +150,18 @@ class StoreWriter:
                     file.flush()
                     os.fsync(file.fileno())
         meta = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "version": VERSION,
             "shape": [self._count, 3, *self._size],
             "classes": self.classes,
             "centre_names": self.centre_names,
             "columns": sorted(columns),
             "group_names": list(self._groups),
+            "slide_names": list(self._slides),
+            "about": about or {},
         }
-        meta["fingerprint"] = _open(self._partial, meta).fingerprint()
+        if fingerprint:
+            meta["fingerprint"] = _open(self._partial, meta).fingerprint()
         write_text(self._partial / "meta.json", json.dumps(meta))
         _move_into_place(self._partial, self.folder)
         return load(self.folder)
@@ -177,7 +201,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path.parent} is not a finished patch store: {path.name} is missing") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}): delete {path.parent} to have it rebuilt") from None
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise StoreError(f"{path} does not describe a patch store: delete {path.parent} to have it rebuilt")
     if value.get("version") != VERSION:
         raise StoreError(
@@ -249,11 +273,37 @@ def load_columns(folder: Path) -> dict[str, np.ndarray]:
     return {name: _column(Path(folder), name, meta["shape"][0]) for name in meta["columns"]}
 
 
+def slide_names(folder: Path) -> tuple[str, ...]:
+    """Names that the column ``slides`` of a store counts in; empty where it has none."""
+    return tuple(_read_json(Path(folder) / "meta.json").get("slide_names", ()))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What was kept with a store when it was finished."""
+    found = _read_json(Path(folder) / "meta.json").get("about", {})
+    return found if isinstance(found, dict) else {}
+
+
 def verify(folder: Path) -> None:
     """Read a whole store and raise StoreError unless its content is what was written."""
     ps = load(folder)
     if replace(ps, _known_fingerprint=None).fingerprint() != ps.fingerprint():
         raise StoreError(f"{folder} has changed since it was written: delete it to have it rebuilt")
+
+
+def write_dataset(folder: Path, notes: Sequence[str], **more: Any) -> None:
+    """Write ``dataset.json``, which makes a folder with the stores ``train`` and ``test`` a dataset; ``more`` are JSON values."""
+    described = {"format": FORMAT, "version": VERSION, "notes": list(notes), **more}
+    write_text(folder / "dataset.json", json.dumps(described))
+
+
+def read_dataset(folder: Path) -> dict[str, Any]:
+    """What :func:`write_dataset` wrote.
+
+    Raises:
+        StoreError: no dataset there, damaged, or written by another version.
+    """
+    return _read_json(Path(folder) / "dataset.json")
 
 
 @contextmanager
@@ -285,12 +335,12 @@ def cached_dataset(
     folder = Path(cache) / f"{name}-{digest([VERSION, key])[:16]}"
     if folder.exists():
         try:
-            return _load_dataset(folder, name, procedural)
+            return open_dataset(folder, name, procedural)
         except StoreError as error:
             progress.log(f"rebuilding a cached dataset: {error}")
     with locked(folder.with_name(folder.name + ".lock")):
         try:
-            return _load_dataset(folder, name, procedural)  # another process may have built it meanwhile
+            return open_dataset(folder, name, procedural)  # another process may have built it meanwhile
         except StoreError:
             pass
         partial = folder.with_name(folder.name + PARTIAL)
@@ -299,14 +349,23 @@ def cached_dataset(
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             notes = list(build(partial))
-            write_text(partial / "dataset.json", json.dumps({"format": _FORMAT, "version": VERSION, "notes": notes}))
+            write_dataset(partial, notes)
             _move_into_place(partial, folder)
         except HistoddError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        return _load_dataset(folder, name, procedural)
+        return open_dataset(folder, name, procedural)
 
 
-def _load_dataset(folder: Path, name: str, procedural: bool) -> Dataset:
+def open_dataset(folder: Path, name: str, procedural: bool) -> Dataset:
+    """Open the dataset in a folder.
+
+    Raises:
+        StoreError: not a finished dataset, or damaged.
+    """
+    from histodd_bench.data.template import read_template
+
     notes = tuple(_read_json(folder / "dataset.json").get("notes", ()))
-    return Dataset(name, load(folder / "train"), load(folder / "test"), procedural, notes)
+    train = load(folder / "train")
+    template = read_template(folder, train.fingerprint())
+    return Dataset(name, train, load(folder / "test"), procedural, notes, template, folder)

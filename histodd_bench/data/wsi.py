@@ -1,18 +1,18 @@
-"""Whole-slide images: physical scale, tissue, tiles and polygon annotations, through OpenSlide.
+"""Whole-slide images: physical scale, regions and tiles, through OpenSlide.
 
-Positions are always level-0 pixels. Scales are microns per pixel (mpp); 0.25 is 40x, 0.5 is 20x, 1 is 10x.
+Positions are always level-0 pixels. Scales are microns per pixel (mpp); 0.25 is 40x, 0.5 is 20x, 1 is 10x. Tissue is found in
+:mod:`histodd_bench.data.tissue`, annotations are read in :mod:`histodd_bench.data.annotations`. Slide files are not trusted:
+no region, tile or overview takes more memory than a fixed bound, whatever dimensions a file claims.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import defusedxml.ElementTree as ElementTree
 import numpy as np
 import openslide
-from defusedxml import DefusedXmlException
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from histodd_bench.data.images import resize
 from histodd_bench.errors import HistoddError
@@ -20,10 +20,13 @@ from histodd_bench.errors import HistoddError
 MPP_RANGE = (0.05, 20.0)  # a scale outside is a wrong tag, not a microscope
 LEVEL_TOLERANCE = 0.01  # a level this close to the scale asked for is used as it is
 TISSUE_MPP = 8.0
-_SATURATION_FLOOR, _SATURATION_CEILING = 15, 50  # of 255; bounds on Otsu's threshold, see tissue_mask
-_BLACK = 20  # of 255; darker pixels have no meaningful saturation
-_OVERVIEW_SIDE = 4096  # px; larger overviews are made coarser, so that memory stays bounded
-_BLOCK = 4096  # px read at once
+OVERVIEW_SIDE = 4096  # px; larger overviews are made coarser, so that memory stays bounded
+_BLOCK = 4096  # px; a larger region of a level is read in blocks of this side
+_SMALL_BLOCK = 256  # px; a block of an overview that cannot be decoded is quartered down to this
+_LARGEST_SIDE, _LARGEST_AREA = 1 << 20, 1 << 38  # px; the largest slides there are have about 2^18 x 2^18
+_LARGEST_TILE = 1 << 26  # px; OpenSlide decodes whole tiles
+_MOST_TILES = 20_000_000
+_EXACT = (2, 4, 8, 16)  # factors for which Pillow's box average rounds as resize does
 
 
 class SlideError(HistoddError):
@@ -77,11 +80,18 @@ class Slide:
         if found is None:
             self.close()
             raise SlideError(
-                self.path, "the file gives no believable scale (mpp or objective power): say it with --mpp"
+                self.path,
+                "the file gives no believable scale (mpp or objective power): say it with --mpp of 'data prepare', or in a "
+                "column mpp of slides.csv",
             )
         self.mpp = found
         self.width, self.height = self._handle.dimensions
         self._downsamples = self._handle.level_downsamples
+        try:
+            self._refuse_absurd()
+        except SlideError:
+            self.close()
+            raise
 
     def _open(self) -> openslide.OpenSlide:
         try:
@@ -91,6 +101,31 @@ class Slide:
             raise SlideError(self.path, reason) from None
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideError(self.path, f"cannot be opened ({error})") from None
+
+    def _refuse_absurd(self) -> None:
+        if max(self.width, self.height) > _LARGEST_SIDE or self.width * self.height > _LARGEST_AREA:
+            raise SlideError(self.path, f"claims to have {self.width} x {self.height} pixels, more than any real slide")
+        for level in range(len(self._downsamples)):
+            # A strip is a tile as wide as its level: only its product counts.
+            sides = [
+                self._handle.properties.get(f"openslide.level[{level}].tile-{a}", "0") for a in ("width", "height")
+            ]
+            if all(side.isdigit() for side in sides) and int(sides[0]) * int(sides[1]) > _LARGEST_TILE:
+                raise SlideError(
+                    self.path, f"has tiles of {sides[0]} x {sides[1]} pixels, too large to be decoded safely"
+                )
+
+    @property
+    def quickhash(self) -> str | None:
+        """OpenSlide's hash of the picture's coarsest level and properties: equal for copies of one slide."""
+        return self._handle.properties.get("openslide.quickhash-1")
+
+    @property
+    def levels(self) -> tuple[tuple[int, int, float], ...]:
+        """(width, height, downsample) of every level, finest first."""
+        return tuple(
+            (*size, float(d)) for size, d in zip(self._handle.level_dimensions, self._downsamples, strict=True)
+        )
 
     def close(self) -> None:
         self._handle.close()
@@ -123,11 +158,20 @@ class Slide:
             UnreadableTile: the region cannot be decoded; the slide stays usable.
             SlideError: ``mpp`` is finer than the slide.
         """
-        level = self._level_for(mpp)
-        factor = mpp / (self.mpp * self._downsamples[level])
-        if abs(factor - 1) <= LEVEL_TOLERANCE:
-            factor = 1.0
-        size = round(width * factor), round(height * factor)
+        level, factor = self.level_for(mpp)
+        if round(width * factor) * round(height * factor) <= _BLOCK * _BLOCK:
+            return self._read(x, y, width, height, level, factor)
+        result = np.empty((height, width, 3), dtype=np.uint8)
+        step, scale = max(int(_BLOCK / factor), 1), mpp / self.mpp
+        for top in range(0, height, step):
+            for left in range(0, width, step):
+                h, w = min(step, height - top), min(step, width - left)
+                corner = round(x + left * scale), round(y + top * scale)
+                result[top : top + h, left : left + w] = self._read(*corner, w, h, level, factor)
+        return result
+
+    def _read(self, x: int, y: int, width: int, height: int, level: int, factor: float) -> np.ndarray:
+        size = max(round(width * factor), 1), max(round(height * factor), 1)
         try:
             region = self._handle.read_region((x, y), level, size)
         except openslide.OpenSlideError as error:
@@ -135,35 +179,54 @@ class Slide:
             self.close()
             self._handle = self._open()
             raise UnreadableTile(self.path, f"region at ({x}, {y}) cannot be decoded ({error})") from None
+        whole = round(factor)
+        if whole in _EXACT and (width * whole, height * whole) == size:
+            return _on_white(region, whole)
         return resize(_on_white(region), height, width)
 
-    def _level_for(self, mpp: float) -> int:
+    def level_for(self, mpp: float) -> tuple[int, float]:
+        """The level that ``mpp`` is read from, and how many of its pixels make one pixel at ``mpp`` (1 within 1 %).
+
+        Raises:
+            SlideError: the slide is coarser than ``mpp``.
+        """
         fine_enough = [i for i, d in enumerate(self._downsamples) if self.mpp * d <= mpp * (1 + LEVEL_TOLERANCE)]
         if not fine_enough:
             raise SlideError(
                 self.path, f"scanned at {self.mpp:.3g} mpp, too coarse for {mpp:.3g} mpp: choose a larger mpp"
             )
-        return max(fine_enough, key=lambda i: self._downsamples[i])
+        level = max(fine_enough, key=lambda i: self._downsamples[i])
+        factor = mpp / (self.mpp * self._downsamples[level])
+        return level, 1.0 if abs(factor - 1) <= LEVEL_TOLERANCE else factor
 
-    def overview(self, mpp: float = TISSUE_MPP) -> tuple[np.ndarray, float]:
-        """The whole slide at ``mpp``, or coarser where it would exceed 4096 px, and the scale it came out at.
+    def overview(self, mpp: float = TISSUE_MPP) -> "Overview":
+        """The whole slide at ``mpp``, or coarser where it would exceed 4096 px.
 
-        Read in blocks, so that memory stays bounded whatever the levels of the slide. A block that cannot be decoded is white.
+        Read in blocks, so that memory stays bounded whatever the levels of the slide. What cannot be decoded is white.
         """
-        mpp = max(mpp, self.mpp, max(self.width, self.height) * self.mpp / _OVERVIEW_SIDE)
+        mpp = max(mpp, self.mpp, max(self.width, self.height) * self.mpp / OVERVIEW_SIDE)
         scale = mpp / self.mpp
         width, height = max(int(self.width / scale), 1), max(int(self.height / scale), 1)
-        result = np.full((height, width, 3), 255, dtype=np.uint8)
-        step = max(int(_BLOCK / (scale / self._downsamples[self._level_for(mpp)])), 1)
-        for top in range(0, height, step):
-            for left in range(0, width, step):
-                h, w = min(step, height - top), min(step, width - left)
-                try:
-                    block = self.read(round(left * scale), round(top * scale), w, h, mpp)
-                except UnreadableTile:
-                    continue
-                result[top : top + h, left : left + w] = block
-        return result, mpp
+        pixels = np.full((height, width, 3), 255, dtype=np.uint8)
+        unreadable = np.zeros((height, width), dtype=bool)
+        _, factor = self.level_for(mpp)
+        step = max(int(_BLOCK / factor), 1)
+        blocks = [(t, left, step) for t in range(0, height, step) for left in range(0, width, step)]
+        while blocks:
+            top, left, side = blocks.pop()
+            h, w = min(side, height - top), min(side, width - left)
+            if h <= 0 or w <= 0:
+                continue
+            part = np.s_[top : top + h, left : left + w]
+            try:
+                pixels[part] = self.read(round(left * scale), round(top * scale), w, h, mpp)
+            except UnreadableTile:
+                half = (side + 1) // 2
+                if side > 1 and side * factor > _SMALL_BLOCK:
+                    blocks += [(top + i, left + j, half) for i in (0, half) for j in (0, half)]
+                else:
+                    unreadable[part] = True
+        return Overview(pixels, unreadable, mpp)
 
     def grid(self, size: int, mpp: float, stride: int | None = None) -> np.ndarray:
         """Top-left corners of all tiles of ``size`` px at ``mpp`` that lie inside the slide, row by row.
@@ -174,9 +237,13 @@ class Slide:
         Returns:
             ``[N,2]`` int64, (x, y) in level-0 pixels.
         """
-        side, step = self.side(size, mpp), self.side(stride or size, mpp)
+        side, step = self.side(size, mpp), self.side(size if stride is None else stride, mpp)
         if step < 1:
-            raise HistoddError(f"stride must be at least one pixel, got {stride}")
+            raise SlideError(self.path, f"stride must be at least one pixel of level 0, got {step:.3g}")
+        if (self.width / step) * (self.height / step) > _MOST_TILES:
+            raise SlideError(
+                self.path, f"has more than {_MOST_TILES:,} tiles of this size and stride: choose a larger stride"
+            )
         # Rounding of positions may overhang by less than a pixel of level 0: not a reason to lose a row of tiles.
         xs = np.arange(0, max(self.width - side + 1, 0), step)
         ys = np.arange(0, max(self.height - side + 1, 0), step)
@@ -192,124 +259,24 @@ class Slide:
                 yield index, error
 
 
-def _on_white(region: Image.Image) -> np.ndarray:
-    """RGBA to ``[H,W,3]`` uint8 on white; plain RGB conversion would make transparent pixels black."""
-    if region.getchannel("A").getextrema() != (255, 255):
-        region = Image.alpha_composite(Image.new("RGBA", region.size, (255, 255, 255, 255)), region)
-    return np.asarray(region.convert("RGB"))
+def _on_white(region: Image.Image, shrink: int = 1) -> np.ndarray:
+    """RGBA to ``[H,W,3]`` uint8 on white, box-averaged by ``shrink``; plain RGB conversion would make transparent pixels black.
+
+    The result is a view of planes ``[3,H,W]``: stores want them so, and splitting is far cheaper than transposing later.
+    """
+    *colours, alpha = region.split()
+    if alpha.getextrema() != (255, 255):
+        white = Image.new("RGBA", region.size, (255, 255, 255, 255))
+        *colours, _ = Image.alpha_composite(white, region).split()
+    if shrink > 1:
+        colours = [plane.reduce(shrink) for plane in colours]
+    return np.stack([np.asarray(plane) for plane in colours]).transpose(1, 2, 0)
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A binary picture of a slide: ``values`` ``[h,w]`` bool, one pixel per ``scale`` level-0 pixels."""
+class Overview:
+    """A slide seen as a whole: ``pixels`` ``[H,W,3]`` uint8 at ``mpp``; ``unreadable`` ``[H,W]`` bool where decoding failed."""
 
-    values: np.ndarray
-    scale: float
-
-    def fraction(self, corners: np.ndarray, side: float) -> np.ndarray:
-        """Share of each square that is True, ``[N]`` float in [0, 1].
-
-        Args:
-            corners: ``[N,2]`` top-left (x, y) in level-0 pixels.
-            side: of the squares in level-0 pixels.
-        """
-        height, width = self.values.shape
-        sums = np.zeros((height + 1, width + 1), dtype=np.int64)
-        np.cumsum(np.cumsum(self.values, axis=0), axis=1, out=sums[1:, 1:])
-        low = np.round(corners / self.scale).astype(np.int64)
-        high = np.maximum(np.round((corners + side) / self.scale).astype(np.int64), low + 1)
-        (left, top), (right, bottom) = (np.clip(low, 0, (width, height)).T, np.clip(high, 0, (width, height)).T)
-        total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        return total / np.prod(high - low, axis=1)
-
-
-def otsu(values: np.ndarray) -> int:
-    """Otsu's threshold of uint8 values: v > threshold is the upper class. Constant values are their own threshold."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(np.float64)
-    weight = np.cumsum(counts)
-    moment = np.cumsum(counts * np.arange(256))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        between = (moment[-1] * weight - moment * weight[-1]) ** 2 / (weight * (weight[-1] - weight))
-    if not np.isfinite(between).any():
-        return int(values.flat[0]) if values.size else 0
-    return int(np.nanargmax(np.where(np.isfinite(between), between, -1.0)))
-
-
-def tissue_mask(slide: Slide, mpp: float = TISSUE_MPP) -> Mask:
-    """Tissue: pixels of an overview whose HSV saturation exceeds Otsu's threshold.
-
-    The threshold is kept between 15 and 50 of 255: the floor so that the noise of a blank slide is not tissue, the ceiling so
-    that a slide without glass does not lose its paler half. Nearly black pixels (voids of the scanner) are not tissue.
-    """
-    pixels, mpp = slide.overview(mpp)
-    value = pixels.max(-1).astype(np.int32)
-    saturation = ((value - pixels.min(-1)) * 255 // np.maximum(value, 1)).astype(np.uint8)
-    seen = value >= _BLACK
-    threshold = otsu(saturation[seen]) if seen.any() else 255
-    threshold = min(max(threshold, _SATURATION_FLOOR), _SATURATION_CEILING)
-    return Mask((saturation > threshold) & seen, mpp / slide.mpp)
-
-
-@dataclass(frozen=True)
-class Polygon:
-    """An annotated outline: ``points`` ``[K,2]`` float level-0 pixels; ``inside`` False for an area cut out."""
-
-    points: np.ndarray
-    inside: bool
-
-
-def read_asap(path: Path) -> list[Polygon]:
-    """Outlines of an ASAP annotation file. Groups ``Tumor``, ``_0`` and ``_1`` are tumour, ``_2`` are cut-outs.
-
-    Points and measurement marks are left out: they have no area.
-
-    Raises:
-        SlideError: not well-formed XML, an area with fewer than three points, or coordinates that are no numbers.
-    """
-    try:
-        tree = ElementTree.parse(path)
-    except (ElementTree.ParseError, DefusedXmlException, OSError) as error:
-        raise SlideError(Path(path), f"no readable annotation XML ({error})") from None
-    polygons = []
-    for node in tree.iter("Annotation"):
-        name, group, kind = node.get("Name", "?"), node.get("PartOfGroup", ""), node.get("Type", "Polygon")
-        if kind in ("Dot", "PointSet", "Measurement"):
-            continue
-        if group not in ("Tumor", "_0", "_1", "_2"):
-            raise SlideError(
-                Path(path), f"annotation {name!r} is of unknown group {group!r}: expected Tumor, _0, _1 or _2"
-            )
-        points = _points(node, Path(path), name)
-        polygons.append(Polygon(points, inside=group != "_2"))
-    return polygons
-
-
-def _points(node: Any, path: Path, name: str) -> np.ndarray:
-    try:
-        rows = [
-            (float(c.get("Order", i)), float(c.get("X")), float(c.get("Y")))
-            for i, c in enumerate(node.iter("Coordinate"))
-        ]
-    except (TypeError, ValueError):
-        raise SlideError(path, f"annotation {name!r} has a coordinate that is no number") from None
-    points = np.array([(x, y) for _, x, y in sorted(rows, key=lambda row: row[0])], dtype=np.float64).reshape(-1, 2)
-    if len(points) < 3 or not np.isfinite(points).all():
-        raise SlideError(path, f"annotation {name!r} is no area: it has {len(points)} points, or not finite ones")
-    return points
-
-
-def polygon_mask(polygons: list[Polygon], slide: Slide, mpp: float = TISSUE_MPP) -> Mask:
-    """Rasterise outlines over a slide; larger ones first, so that an island in a cut-out stays."""
-    mpp = max(mpp, slide.mpp, max(slide.width, slide.height) * slide.mpp / _OVERVIEW_SIDE)
-    scale = mpp / slide.mpp
-    picture = Image.new("1", (max(int(slide.width / scale), 1), max(int(slide.height / scale), 1)))
-    draw = ImageDraw.Draw(picture)
-    for polygon in sorted(polygons, key=lambda p: -_area(p.points)):
-        # Pixel i covers i..i+1, its centre is i + 0.5.
-        draw.polygon([tuple(point) for point in (polygon.points / scale - 0.5).tolist()], fill=int(polygon.inside))
-    return Mask(np.asarray(picture), scale)
-
-
-def _area(points: np.ndarray) -> float:
-    x, y = points.T
-    return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
+    pixels: np.ndarray
+    unreadable: np.ndarray
+    mpp: float

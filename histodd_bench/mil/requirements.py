@@ -35,9 +35,9 @@ def obstacle(table: SlideTable, request: Request, dataset: Dataset) -> str:
 
 
 def _slides(patches: PatchSet, side: str, name: str) -> str:
+    if len(patches.groups.unique()) == len(patches):
+        return f"{name} does not say which slide its {side} patches come from (imagefolder: groups.csv)"
     slides = slide_labels(patches)
-    if len(slides) == len(patches):
-        return f"{name} does not say which slide its {side} patches come from, every patch is a slide of its own (groups.csv)"
     if len(set(slides.values())) < 2:
         return (
             f"the {side} slides of {name} are all of class {patches.classes[next(iter(slides.values()))]!r}, "
