@@ -114,6 +114,9 @@ def test_table5_grids(folders) -> None:
         sets = [(i, m) for i in "25" for m in ("Histo-DD", "Random", "Herding")]
         assert rows == [("", "No transfer"), *sets, ("", "Full")]
         assert "paper's text" in " ".join(grid.notes)
+        seconds = next(r for r in grid.rows if r.block.startswith("Fine-tuning time") and r.label == "No transfer")
+        assert seconds.cells == ["", ""], "nothing is trained: empty, not missing"
+        assert not [r for r in grid.rows if None in r.cells]
 
 
 def test_a_second_run_computes_nothing(folders, capsys) -> None:
@@ -216,7 +219,9 @@ def test_what_makes_a_slide_level_table_impossible() -> None:
     assert "does not say which centre" in why("table5", dataset(None, labels=[0, 0, 0, 1, 0, 0, 1, 1]))
     assert "training slides of some are all of class 't'" in why("table4", dataset(None))
     single = dataclasses.replace(good.train, groups=torch.arange(8), group_names=tuple("abcdefgh"))
-    assert "does not say which slide its training patches come from" in why("table4", Dataset("some", single, single, False))
+    assert "does not say which slide its training patches come from" in why(
+        "table4", Dataset("some", single, single, False)
+    )
     assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
 
 

@@ -88,10 +88,11 @@ def block(
                 best = best and f"{cell.mean:.{metric.digits}f}" == f"{top:.{metric.digits}f}"
                 times = whole.mean / cell.mean if metric.times and whole is not None and cell.mean > 0 else None
                 cell = Value(cell.mean, cell.sd, cell.n, metric, best, times)
-            row.append(cell)
+            # Computed, but the number means nothing there (the AUC of one class): empty; else a gap.
+            row.append("" if cell is None and (column, ipc, title, variant) in frames else cell)
         budget = "" if ipc is None else str(ipc)
         rows.append(Row(metric.title, budget, ratio(ipc), row, label=f"{title} ({variant})" if variant else title))
-    return rows if any(c is not None for r in rows for c in r.cells) else []
+    return rows if any(isinstance(c, Value) for r in rows for c in r.cells) else []
 
 
 def paper_rows(table: SlideTable, metric: Metric, dataset: str, columns: Mapping[str, str]) -> list[Row]:
