@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,11 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     size = config["data"]["image_size"]
     width = evaluation.get("width")
     arch = f"{evaluation['arch']}{'' if width is None else f' (width {width})'}"
-    pools = {json.dumps(r["config"]["set"]["pool"], sort_keys=True) for r in records if r["config"]["set"].get("pool")}
+    pools = {
+        (json.dumps(r["config"]["set"]["pool"], sort_keys=True), json.dumps(r["config"]["set"].get("fields", {})))
+        for r in records
+        if r["config"]["set"].get("pool") and "arch" not in r["config"]["set"].get("fields", {})  # coresets: their own
+    }
     budget = (
         f"{evaluation['epochs']} epochs" if evaluation.get("epochs") is not None else f"{evaluation['steps']} steps"
     )
@@ -33,10 +38,8 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
         f"{evaluation['batch_size']}; augmentation {augment}; class sampling "
         f"{'balanced' if evaluation['balanced'] else 'natural'}; the last epoch is scored."
     )
-    for pool in (json.loads(p) for p in sorted(pools)):
-        long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
-        wide = "" if pool.get("width") is None else f" (width {pool['width']})"
-        line = f"Distilled on {pool['arch']}{wide}: {pool['networks']} networks, pre-trained for {long}."
+    for pool, fields in sorted(pools):
+        line = _distilled_on(json.loads(pool), json.loads(fields))
         notes += [] if line in notes else [line]
     notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
     whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
@@ -77,6 +80,16 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
             f"'paper': as printed in the paper for {paper.DATASETS.get(dataset, dataset)}, on {table.paper_arch}."
         )
     return notes
+
+
+def _distilled_on(pool: dict[str, Any], fields: dict[str, Any]) -> str:
+    long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
+    arch = pool["arch"] + ("" if pool.get("width") is None else f" (width {pool['width']})")
+    trained = f"{pool['networks']} networks, pre-trained for {long}"
+    if fields.get("networks") != "random":
+        return f"Distilled on {arch}: {trained}."
+    start = f"; the start chosen on as many new ones and {trained}" if fields.get("initial") == "matched" else ""
+    return f"Distilled on {arch}: a newly initialised network in every outer step{start}."
 
 
 def _stain_notes(records: list[Record]) -> list[str]:

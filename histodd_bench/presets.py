@@ -109,8 +109,10 @@ PRESETS: dict[str, Preset] = {
                     "step": "plain",
                     "image_lr": 0.5,
                     "image_decay": False,
+                    "networks": "pool",
                     "alpha": 1.0,
                     "balanced": False,
+                    "initial": "real",
                 }
             },
             by_ipc={

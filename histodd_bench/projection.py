@@ -166,6 +166,13 @@ def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase
         inner = _inner_step(experiment, experiment.method(name, ipc, cell.changes), ipc)
         told = f", {'+'.join(augment) or 'no augmentation'}" if several else ""
         phases.append(Phase(f"{name}: {ipc} per class{told}", "inner step", inner, inner_steps))
+        method = experiment.method(name, ipc, cell.changes)
+        if getattr(method, "initial", "") == "matched":
+            alike = [c for c in distilled.values() if (c.method, c.ipc) == (name, ipc)]
+            sets = sum(getattr(experiment.method(name, ipc, c.changes), "augment", ()) == augment for c in alike)
+            draws = sets * max(method.start_patches // ipc, 1) * experiment.pool_recipe.networks
+            seconds = _draw_of_a_start(experiment, method, ipc)
+            phases.append(Phase(f"{name}: start, {ipc} per class{told}", "draw, 2 nets", seconds, draws))
     for arch, width in request.archs:
         report(f"evaluation on {arch}")
         own_cells = [c for c in todo if (c.arch, c.width) == (arch, width)]
@@ -197,7 +204,19 @@ def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase
 
 def _inner_step(experiment: Experiment, method: Any, ipc: int) -> float:
     """Seconds of one inner step: a run of three on a sample of the data, less a run of one."""
-    sample = _sample(experiment.dataset.train, max(ipc, getattr(method, "real_batch", 64)))
+    plain = {"initial": "real"} if hasattr(method, "initial") else {}
+    return _per_unit(experiment, ipc, lambda n: dataclasses.replace(method, outer_steps=1, inner_steps=n, **plain))
+
+
+def _draw_of_a_start(experiment: Experiment, method: Any, ipc: int) -> float:
+    """Seconds of scoring one draw of a matched start on two networks."""
+    return _per_unit(experiment, ipc, lambda n: dataclasses.replace(method, outer_steps=0, start_patches=n * ipc))
+
+
+def _per_unit(experiment: Experiment, ipc: int, method: Callable[[int], Any]) -> float:
+    """Seconds per unit of a method that can be made with any number of them: three less one, on a sample of the data
+    and a pool of one network."""
+    sample = _sample(experiment.dataset.train, max(ipc, getattr(method(1), "real_batch", 64)))
     recipe = dataclasses.replace(experiment.pool_recipe, networks=1, epochs=None, steps=1)
     with tempfile.TemporaryDirectory() as folder:
         pool = ModelPool(
@@ -205,8 +224,8 @@ def _inner_step(experiment: Experiment, method: Any, ipc: int) -> float:
         )
         pool.prepare()
 
-        def run(steps: int, place: str) -> float:
-            short = dataclasses.replace(method, outer_steps=1, inner_steps=steps)
+        def run(units: int, place: str) -> float:
+            short = method(units)
             workdir = Path(folder) / place
             workdir.mkdir()
             quiet = Progress.silent()

@@ -17,7 +17,7 @@ from histodd_bench.models import ModelPool, PoolRecipe, build
 from histodd_bench.ops import gradient_distance
 from histodd_bench.progress import Progress
 
-TINY = HistoDD(outer_steps=3, inner_steps=2, real_batch=8)
+TINY = HistoDD(outer_steps=3, inner_steps=2, real_batch=8, start_patches=12)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_gradient_is_that_of_the_distiller(operators, label: int, tmp_path: Path) -> None:
     recipe = PoolRecipe(arch="convnet-d3", width=4, networks=1, epochs=1, batch_size=16)
     pool = ModelPool(two_classes(), recipe, cache=tmp_path / "pool")
-    run = histodd._Run(HistoDD(real_batch=8), pool.train, 3, pool, 0, CPU, tmp_path)
+    run = histodd._Run(HistoDD(real_batch=8, initial="real"), pool.train, 3, pool, 0, CPU, tmp_path)
     network = pool.load(0).train()
     state = run.generator.get_state()
     distance, gradient, rows = run.matching_loss(network, label)

@@ -15,6 +15,8 @@ from torch import Generator, Tensor, nn
 from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
+from histodd_bench.distill.networks import augment_model, matched_parameters
+from histodd_bench.distill.start import matched_start
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import read_state, save_state, write_bytes, write_text
 from histodd_bench.models import ModelPool
@@ -22,7 +24,7 @@ from histodd_bench.ops import gradient_distance
 from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing, fit_affine
 
-VERSION = 1  # raised when the same fields would give other images
+VERSION = 2  # raised when the same fields would give other images
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class HistoDD:
     """The distiller; its fields are its hyperparameters (paper symbols in brackets).
 
     Attributes:
-        outer_steps: networks drawn from the pool, one after the other [K].
+        outer_steps: networks drawn, one after the other [K].
         inner_steps: image and network updates per drawn network [U].
         step: how a gradient becomes an image update. ``plain``: SGD with ``image_lr`` as it is (the paper's rule).
             ``adaptive``: the same with each class's gradients divided by their root mean square over all steps so far.
@@ -40,7 +42,9 @@ class HistoDD:
             of a pixel in a typical step without momentum, in intensities of [0, 1].
         image_momentum: of the image update.
         image_decay: lower the learning rate to 0 along a half cosine over all K U steps.
-        alpha: strength of the model augmentation (eq. 3), in filter norms.
+        networks: drawn for the outer steps: ``pool``: one of the pre-trained networks, augmented (the paper's rule), or
+            ``random``: a newly initialised one each time (Zhao et al. 2021), in which case the pool only serves the start.
+        alpha: strength of the model augmentation (eq. 3) of networks of the pool, in filter norms.
         network_lr, network_momentum, network_weight_decay: SGD that updates the drawn network on real minibatches.
         balanced: the network's minibatch draws classes equally often, as the synthetic set has them, instead of in their
             natural proportions.
@@ -51,7 +55,9 @@ class HistoDD:
         distance: Dis of eq. 1.
         match: parameters whose gradients are matched: ``weights`` of convolutions and linear layers, ``features``: the
             same without the classifier (as the public code has it), or ``all`` (norms and biases too).
-        initial: synthetic patches start as ``real`` ones, drawn stratified over slides, or as ``noise``.
+        initial: synthetic patches start as ``real`` ones, drawn stratified over slides; as the ``matched`` one of several
+            such draws, see :func:`~histodd_bench.distill.start.matched_start`; or as ``noise``.
+        start_patches: patches per class that a matched start looks at: this many divided by ipc is the number of draws.
     """
 
     outer_steps: int = 20
@@ -60,6 +66,7 @@ class HistoDD:
     image_lr: float = 0.005
     image_momentum: float = 0.5
     image_decay: bool = True
+    networks: Literal["random", "pool"] = "random"
     alpha: float = 0.05
     network_lr: float = 0.01
     network_momentum: float = 0.9
@@ -71,13 +78,14 @@ class HistoDD:
     stain_probability: float = 1.0
     distance: Literal["l1", "l2", "cosine"] = "l1"
     match: Literal["weights", "features", "all"] = "weights"
-    initial: Literal["real", "noise"] = "real"
+    initial: Literal["matched", "real", "noise"] = "matched"
+    start_patches: int = 1280
 
     def __post_init__(self) -> None:
         for name in ("outer_steps", "inner_steps"):
             if getattr(self, name) < 0:
                 raise UsageError(f"histodd.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("real_batch", "synthetic_batch"):
+        for name in ("real_batch", "synthetic_batch", "start_patches"):
             if getattr(self, name) < 1:
                 raise UsageError(f"histodd.{name} must be at least 1, got {getattr(self, name)}")
         if self.image_lr <= 0:
@@ -106,12 +114,10 @@ class HistoDD:
         """
         train.require(ipc)
         run = _Run(self, train, ipc, pool, seed, torch.device(device), workdir)
-        networks = len(pool)
         with progress.task(f"Histo-DD {ipc} per class, seed {seed}", self.outer_steps, run.outer_step) as task:
             for _ in range(run.outer_step, self.outer_steps):
                 start, losses = time.perf_counter(), []
-                network = pool.load(int(torch.randint(networks, (1,), generator=run.generator))).train()
-                augment_model(network, self.alpha, run.generator)
+                network = run.draw_network().train()
                 optimizer = torch.optim.SGD(
                     network.parameters(), self.network_lr, self.network_momentum, weight_decay=self.network_weight_decay
                 )
@@ -151,18 +157,46 @@ class _Run:
         self.generator = Generator().manual_seed(seed)
         self.fits = pool.fits() if self.augmentation.stains else None
         self.by_class = [train.class_indices(label) for label in range(train.num_classes)]
-        chosen = stratified_draw(train, ipc, self.generator)
+        self.pool = pool
+        self.outer_step, self.image_steps = 0, 0
+        self.history: list[dict[str, float]] = []
+        if not self._resume((ipc * train.num_classes, 3, *train.image_size)):
+            self._begin(ipc)
+
+    def _begin(self, ipc: int) -> None:
+        """Choose the patches to start from and save them."""
+        method, train, device = self.method, self.train, self.device
+        if method.initial == "matched":
+            every = [augmented(self.pool.load(i), method.alpha, self.generator) for i in range(len(self.pool))]
+            every += [self.pool.new(draw_seed(self.generator)) for _ in range(len(self.pool))]
+            chosen = matched_start(
+                train,
+                ipc,
+                [network.train() for network in every],
+                self.generator,
+                preprocessing=self.preprocessing,
+                candidates=max(method.start_patches // ipc, 1),
+                match=method.match,
+                distance=method.distance,
+                device=device,
+            )
+        else:
+            chosen = stratified_draw(train, ipc, self.generator)
         self.labels = train.labels[chosen].to(device)
         self.present = self.labels.unique().tolist()
         self.images = train.float_batch(chosen, device).contiguous()
         if method.initial == "noise":
             self.images = torch.rand(self.images.shape, generator=self.generator).to(device)
-        write_bytes(workdir / "initial.safetensors", safetensors.torch.save({"images": self.images.cpu()}))
+        write_bytes(self.workdir / "initial.safetensors", safetensors.torch.save({"images": self.images.cpu()}))
         self.velocity = torch.zeros_like(self.images)
         self.square_sum = torch.zeros(train.num_classes, device=device)  # of the gradients' mean squares, per class
-        self.outer_step, self.image_steps = 0, 0
-        self.history: list[dict[str, float]] = []
-        self._resume()
+
+    def draw_network(self) -> nn.Module:
+        """The network of an outer step, on the device."""
+        if self.method.networks == "random":
+            return self.pool.new(draw_seed(self.generator))
+        network = self.pool.load(int(torch.randint(len(self.pool), (1,), generator=self.generator)))
+        return augmented(network, self.method.alpha, self.generator)
 
     def matching_loss(self, network: nn.Module, label: int) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 1 for one class: the distance, its gradient with respect to the synthetic patches used, and their rows."""
@@ -244,6 +278,7 @@ class _Run:
         state = {
             "version": VERSION,
             "images": self.images.cpu(),
+            "labels": self.labels.cpu(),
             "velocity": self.velocity.cpu(),
             "square_sum": self.square_sum.cpu(),
             "generator": self.generator.get_state(),
@@ -254,17 +289,19 @@ class _Run:
         save_state(self.workdir / "checkpoint.pt", state)
         write_text(self.workdir / "history.json", json.dumps(self.history, indent=1))
 
-    def _resume(self) -> None:
+    def _resume(self, shape: tuple[int, ...]) -> bool:
+        """Take over the state that an interrupted call left, if there is one."""
         path = self.workdir / "checkpoint.pt"
         if not path.exists():
-            return
+            return False
         state = read_state(path)
-        if state.get("version") != VERSION or state["images"].shape != self.images.shape:
+        if state.get("version") != VERSION or state["images"].shape != shape:
             raise HistoddError(f"{path} was written by another version or for another set: delete it to distil afresh")
-        for name in ("images", "velocity", "square_sum"):
+        for name in ("images", "labels", "velocity", "square_sum"):
             setattr(self, name, state[name].to(self.device))
         self.generator.set_state(state["generator"])
         self.outer_step, self.image_steps, self.history = state["outer_step"], state["image_steps"], state["history"]
+        return True
 
     def result(self) -> PatchSet:
         """The synthetic patches: float32 on the CPU, every one its own group."""
@@ -273,28 +310,12 @@ class _Run:
         return PatchSet(self.images.cpu(), self.labels.cpu(), torch.arange(n), names, self.train.classes)
 
 
-@torch.no_grad()
-def augment_model(network: nn.Module, alpha: float, generator: Generator) -> None:
-    """Model augmentation (eq. 2 and 3): add ``alpha`` times filter-normalised Gaussian noise to a network, in place.
-
-    Every filter (row of a convolution or linear weight) moves by exactly ``alpha`` times its own Frobenius norm. Norms
-    and biases are not perturbed.
-    """
-    for weight in matched_parameters(network, "weights"):
-        direction = torch.randn(weight.shape, generator=generator).to(weight.device)
-        rows, flat = direction.flatten(1), weight.flatten(1)
-        rows = rows * (flat.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-20))[:, None]
-        weight.add_(rows.view_as(weight), alpha=alpha)
+def augmented(network: nn.Module, alpha: float, generator: Generator) -> nn.Module:
+    """The network after model augmentation (in place)."""
+    augment_model(network, alpha, generator)
+    return network
 
 
-def matched_parameters(network: nn.Module, match: str) -> list[Tensor]:
-    """Parameters whose gradients are matched, in network order: see the field ``match`` of :class:`HistoDD`."""
-    if match == "all":
-        return list(network.parameters())
-    chosen: list[Tensor] = []
-    for module in network.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            chosen.append(module.in_proj_weight)
-        elif isinstance(module, nn.Conv2d | nn.Linear) and not (match == "features" and module is network.classifier):
-            chosen.append(module.weight)
-    return chosen
+def draw_seed(generator: Generator) -> int:
+    """A seed for a new network."""
+    return int(torch.randint(1 << 62, (1,), generator=generator))

@@ -146,6 +146,10 @@ class ModelPool:
         model.load_state_dict(state["model"])
         return model.to(self.device).eval()
 
+    def new(self, seed: int) -> nn.Module:
+        """A newly initialised network of the recipe on the device, in evaluation mode; nothing is trained or kept."""
+        return self._build(seed).to(self.device).eval()
+
     def forgetting(self, i: int) -> "ForgettingCounts":
         """How often network ``i`` forgot each training patch while it was trained. Trained and cached on first use."""
         return ForgettingCounts(**self._state(i)["forgetting"])
