@@ -40,11 +40,12 @@ METHODS = ("histodd", "random", "herding")
 FOLDER, WORK = "slides", "work"
 ATTEMPTS = 2  # of every slide
 
-# A slide is small and its networks are trained already: fewer outer steps than for a whole data set. Any histodd field that the
-# command line sets wins over these.
+# A slide is small and its networks are trained already: those of the pool are matched, from one stratified draw, in fewer outer
+# steps than for a whole data set. Any histodd field that the command line sets wins over these.
+_POOL = {"networks": "pool", "initial": "real"}
 SLIDE_FIELDS: dict[str, dict[str, Any]] = {
-    "quick": {"outer_steps": 3, "inner_steps": 8, "real_batch": 32},
-    "standard": {"outer_steps": 20, "inner_steps": 10},
+    "quick": {"outer_steps": 3, "inner_steps": 8, "real_batch": 32, **_POOL},
+    "standard": {"outer_steps": 20, "inner_steps": 10, **_POOL},
     "paper": {},
 }
 
@@ -79,6 +80,7 @@ class SlidePool:
 
     def __init__(self, pool: ModelPool) -> None:
         self.preprocessing = pool.preprocessing
+        self._pool = pool
         self._networks = [pool.load(i) for i in range(len(pool))]
         self._slide: PatchSet | None = None
 
@@ -94,6 +96,10 @@ class SlidePool:
     def load(self, i: int) -> nn.Module:
         """A fresh copy of network ``i``."""
         return copy.deepcopy(self._networks[i])
+
+    def new(self, seed: int) -> nn.Module:
+        """A newly initialised network of the pool's kind."""
+        return self._pool.new(seed)
 
     def fits(self) -> tuple[Tensor, Tensor]:
         """Stain fits of the slide's patches onto the training set's template."""

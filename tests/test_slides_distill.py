@@ -77,6 +77,23 @@ def test_a_set_has_m_patches_of_every_class_the_slide_shows(folders, tmp_path, m
         assert found.patches.images.dtype == (torch.float32 if method == "histodd" else torch.uint8)
 
 
+def test_new_networks_and_a_matched_start_work_for_slides_of_any_class(folders, tmp_path) -> None:
+    fields = ("networks=random", "initial=matched", "start_patches=9", "outer_steps=0")
+    d = distiller(folders, tmp_path, "histodd", *(part for f in fields for part in ("--set", f"histodd.{f}")))
+    assert distiller(folders, tmp_path).method(3).networks == "pool"
+    for slide, expected in (("train-s0", [3, 3]), ("train-s2", [3, 0])):
+        d.make(SlideJob(slide, 3, 0))
+        found = d.load(SlideJob(slide, 3, 0)).patches
+        assert found.class_counts() == expected
+        real = d._patches(slide).float_batch(slice(None)).flatten(1)
+        assert torch.cdist(found.images.flatten(1), real).amin(1).max() < 1e-4, (
+            "no step was taken: patches of the slide"
+        )
+    moved = distiller(folders, tmp_path, "histodd", *(part for f in fields[:3] for part in ("--set", f"histodd.{f}")))
+    moved.make(SlideJob("train-s2", 3, 0))
+    assert moved.load(SlideJob("train-s2", 3, 0)).patches.class_counts() == [3, 0]
+
+
 def test_never_more_than_the_slide_has(folders, tmp_path) -> None:
     d = distiller(folders, tmp_path, "random")
     d.make(SlideJob("train-s0", 10, 0))

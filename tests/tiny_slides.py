@@ -7,6 +7,7 @@ from PIL import Image
 
 # Every part at its smallest; table5 distils at patch level too, hence histodd's own fields.
 FIELDS = ["pool.epochs=1", "pool.networks=2", "eval.epochs=2", "histodd.outer_steps=2", "histodd.inner_steps=2", "histodd.real_batch=4",
+          "histodd.start_patches=10",
           "mil.epochs=2", "mil.width=16", "transfer.epochs=1",
           *[f"herding.{f}" for f in ("arch=convnet-d3", "width=8", "epochs=1")]]  # fmt: skip
 OPTIONS = ["--image-size", "16", "--archs", "convnet-d3:8", "--distill-arch", "convnet-d3:8", "--threads", "1",

@@ -158,12 +158,14 @@ class _Run:
         self.fits = pool.fits() if self.augmentation.stains else None
         self.by_class = [train.class_indices(label) for label in range(train.num_classes)]
         self.pool = pool
+        self.budgets = (ipc,) * train.num_classes if isinstance(ipc, int) else ipc
+        self.present = [label for label, budget in enumerate(self.budgets) if budget]
         self.outer_step, self.image_steps = 0, 0
         self.history: list[dict[str, float]] = []
-        if not self._resume((ipc * train.num_classes, 3, *train.image_size)):
-            self._begin(ipc)
+        if not self._resume((sum(self.budgets), 3, *train.image_size)):
+            self._begin()
 
-    def _begin(self, ipc: int) -> None:
+    def _begin(self) -> None:
         """Choose the patches to start from and save them."""
         method, train, device = self.method, self.train, self.device
         if method.initial == "matched":
@@ -171,19 +173,18 @@ class _Run:
             every += [self.pool.new(draw_seed(self.generator)) for _ in range(len(self.pool))]
             chosen = matched_start(
                 train,
-                ipc,
+                self.budgets,
                 [network.train() for network in every],
                 self.generator,
                 preprocessing=self.preprocessing,
-                candidates=max(method.start_patches // ipc, 1),
+                candidates=max(method.start_patches // max(self.budgets), 1),
                 match=method.match,
                 distance=method.distance,
                 device=device,
             )
         else:
-            chosen = stratified_draw(train, ipc, self.generator)
+            chosen = stratified_draw(train, self.budgets, self.generator)
         self.labels = train.labels[chosen].to(device)
-        self.present = self.labels.unique().tolist()
         self.images = train.float_batch(chosen, device).contiguous()
         if method.initial == "noise":
             self.images = torch.rand(self.images.shape, generator=self.generator).to(device)

@@ -209,7 +209,11 @@ def common_notes(records: Sequence[Record]) -> list[str]:
         fields = json.loads(text)
         notes.append(
             f"Histo-DD per slide: {fields['outer_steps']} outer x {fields['inner_steps']} inner steps, real batch {fields['real_batch']}, "
-            "networks of one pool trained on all training slides."
+            + (
+                "newly initialised networks."
+                if fields.get("networks") == "random"
+                else "networks of one pool trained on all training slides."
+            )
         )
     for line in dict.fromkeys(
         f"Stain normalisation: training probability {r['stain']['train']:g}, before feature extraction "
