@@ -1,5 +1,6 @@
 """Random: real patches drawn at random, spread over slides as evenly as the class allows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class Random:
         return train.subset(stratified_draw(train, ipc, Generator().manual_seed(seed)))
 
 
-def stratified_draw(train: PatchSet, ipc: int, generator: Generator) -> Tensor:
+def stratified_draw(train: PatchSet, ipc: int | Sequence[int], generator: Generator) -> Tensor:
     """Indices ``[C * ipc]`` of random patches: ``ipc`` of class 0, then of class 1, and so on; none twice.
+
+    ``ipc`` may be a number for each class, 0 for none.
 
     Within a class every slide gives one patch before any gives a second, and so on, so the counts of two
     slides differ by at most one unless the smaller has no more patches. Which slides give, and which of their
@@ -46,8 +49,9 @@ def stratified_draw(train: PatchSet, ipc: int, generator: Generator) -> Tensor:
         HistoddError: a class has fewer than ``ipc`` patches.
     """
     train.require(ipc)
+    budgets = [ipc] * train.num_classes if isinstance(ipc, int) else ipc
     chosen = []
-    for label in range(train.num_classes):
+    for label, budget in enumerate(budgets):
         members = train.class_indices(label)
         members = members[torch.randperm(len(members), generator=generator)]
         slides = train.groups[members].numpy()
@@ -58,5 +62,5 @@ def stratified_draw(train: PatchSet, ipc: int, generator: Generator) -> Tensor:
         # A patch's place in the shuffled order depends on its slide's size, so ties within a turn are broken
         # afresh.
         tie = torch.rand(len(members), generator=generator, dtype=torch.float64).numpy()
-        chosen.append(members[torch.from_numpy(np.lexsort((tie, turn))[:ipc].copy())])
+        chosen.append(members[torch.from_numpy(np.lexsort((tie, turn))[:budget].copy())])
     return torch.cat(chosen)

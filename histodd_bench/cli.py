@@ -51,6 +51,9 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     from histodd_bench import presets
     from histodd_bench.data import DATASETS
     from histodd_bench.experiment import Request
+    from histodd_bench.mil import check_models
+    from histodd_bench.request import SlideOptions
+    from histodd_bench.tables import SlideTable
 
     preset = presets.get_preset(args.preset)
     options: dict[str, Any] = dict(table.options.get(preset.name, {})) if table else {}
@@ -67,6 +70,10 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     if stain not in presets.STAIN:
         raise unknown_name("stain policy", stain, presets.STAIN)
     distill = presets.parse_arch(args.distill_arch or preset.distill_arch, preset.widths)
+    slides = SlideOptions()
+    if isinstance(table, SlideTable):
+        models = check_models(args.mil or table.models)
+        slides = SlideOptions(models, args.encoder, args.encoder_weights, args.engine, dict(args.engine_options))
     return [
         Request(
             dataset=name,
@@ -79,7 +86,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             eval_seeds=args.eval_seeds or options.get("eval_seeds") or preset.eval_seeds,
             image_size=args.image_size or preset.image_size,
             stain=stain,
-            threads=args.threads or min(preset.threads, _cores()),
+            threads=args.threads or min(options.get("threads") or preset.threads, _cores()),
             device=args.device,
             out=out,
             cache=cache_folder(),
@@ -88,6 +95,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             workers=args.workers or min(_cores(), MOST_WORKERS),
             overrides=presets.parse_overrides(args.settings),
             columns=table.columns if table else (),
+            slides=slides,
         )
         for name in names
     ]
@@ -103,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from histodd_bench.files import only_writer
     from histodd_bench.progress import Progress
-    from histodd_bench.running import project_table, run_table
+    from histodd_bench.running import possible, project_table, run_table
 
     if args.dry_run:
         with Progress() as progress:
@@ -115,14 +123,20 @@ def _run(args: argparse.Namespace) -> int:
                 )
         return 0
     with only_writer(out), Progress() as progress:
+        finished = []
         for table in tables:
-            run_table(table, requests[table.name], out, progress)
-            _write_tables(table, out)
-    files = ", ".join(f"{tables[0].name}.{suffix}" for suffix in ("md", "tex", "csv"))
+            asked = requests[table.name]
+            if args.table == "all":
+                asked = possible(table, asked, progress)
+            if asked:
+                run_table(table, asked, out, progress)
+                _write_tables(table, out)
+                finished.append(table)
+    files = ", ".join(f"{finished[0].name}.{suffix}" for suffix in ("md", "tex", "csv"))
     print(f"{out}: {files}; records/ one per cell, sets/ the patches, sheets/ their pictures; 'report {out}' makes a page of it",
           file=sys.stderr)  # fmt: skip
-    for table in tables:
-        shown = args.dataset if table.kind == "cells" else None
+    for table in finished:
+        shown = args.dataset if table.kind in ("cells", "slides") else None
         _show(argparse.Namespace(table=table.name, out=out, format="rich", predictions=False, dataset=shown,
                                  methods=None, archs=None, ipc=None))  # fmt: skip
     return 0
@@ -164,7 +178,7 @@ def _show(args: argparse.Namespace) -> int:
         r
         for r in records
         if (not args.dataset or r["dataset"] in args.dataset)
-        and (not args.methods or r["method"] in args.methods)
+        and (not args.methods or r["method"] in (*args.methods, "none"))
         and (not archs or r["arch"] in archs)
         and (not args.ipc or r["ipc"] is None or r["ipc"] in args.ipc)
     ]
@@ -237,6 +251,16 @@ def _make(args: argparse.Namespace) -> int:
     return 0
 
 
+def _distill_slides(args: argparse.Namespace) -> int:
+    from histodd_bench.slides_cli import distill
+
+    out = args.out or Path("runs") / "slides"
+    if args.dry_run:
+        raise UsageError("--dry-run does not cover distill-slides: --slides NAME shows what one slide takes")
+    args.threads = args.threads or 1  # one per worker: slides are many
+    return distill(args, make_requests(args, None, out), out)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     if args.format not in FORMATS:
         raise unknown_name("format", args.format, FORMATS)
@@ -299,6 +323,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "show": _show,
     "list": _list,
     "distill": _make,
+    "distill-slides": _distill_slides,
     "select": _make,
     "evaluate": _evaluate,
     "report": _report,

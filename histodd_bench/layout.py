@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ from histodd_bench import bootstrap, paper, results
 from histodd_bench.methods import all_methods
 from histodd_bench.notes import notes
 from histodd_bench.results import Record
-from histodd_bench.tables import Metric, Table, Times
+from histodd_bench.tables import Metric, SlideTable, Table, Times
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def grids(
     plan = plan or {}
     if table.kind == "statistics":
         return [_statistics(table, name, asked["facts"]) for name, asked in plan.items() if "facts" in asked]
+    if isinstance(table, SlideTable):
+        module, _, name = table.layout.partition(":")
+        slide_level: list[Grid] = getattr(import_module(module), name)(table, records, plan)
+        return slide_level
     placed = [(r, row, title) for r in records if r["key"] not in elsewhere for row, title in _places(table, r, plan)]
     frame = results.to_frame([r for r, _, _ in placed])
     frame["row"], frame["title"] = [row for _, row, _ in placed], [title for _, _, title in placed]
@@ -124,6 +129,8 @@ def _places(table: Table, record: Record, plan: Mapping[str, Asked]) -> list[tup
     if asked:
         return [(row, title) for row, title in asked]
     method, config = record["method"], record["config"]
+    if "level" in config:  # of a slide-level table
+        return []
     stages = config["set"].get("stages")
     if (stages is not None) != (table.kind == "sequence"):
         return []

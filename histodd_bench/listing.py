@@ -26,10 +26,12 @@ def _methods() -> Rows:
 
 
 def _models() -> Rows:
+    from histodd_bench.mil import MIL_MODELS
     from histodd_bench.models import MODELS, PRETRAINED
 
     known = {**MODELS, **PRETRAINED}
-    return [(name, f"{entry.description}; patches of {entry.min_size} px or more") for name, entry in known.items()]
+    rows = [(name, f"{entry.description}; patches of {entry.min_size} px or more") for name, entry in known.items()]
+    return rows + [(name, f"slides (--mil): {entry.description}") for name, entry in MIL_MODELS.items()]
 
 
 def _presets() -> Rows:

@@ -181,6 +181,28 @@ def _shared(parser: Parser, *, table: bool = True) -> None:
     how.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, e.g. 3/8, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _engine(parser: Parser) -> None:
+    """Options about where slides are distilled."""
+    group = parser.add_argument_group("where slides are distilled")
+    group.add_argument("--engine", default="local", metavar="NAME", help="local (default), slurm or ray")
+    group.add_argument("--engine-option", type=_option, action="append", default=[], metavar="NAME=VALUE", dest="engine_options",
+                       help="slurm: a parameter of submitit, e.g. slurm_partition=gpu, timeout_min=600; ray: address=auto")  # fmt: skip
+
+
 def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]) -> Parser:
     """All commands and options; ``args.function`` is the command's function."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -198,6 +220,16 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "table", help="a table, e.g. table1, several separated by commas, or all; cells they share are computed once"
     )
     _shared(sub)
+    slides = sub.add_argument_group("slide-level tables (table4, table5)")
+    slides.add_argument("--mil", type=_names, metavar="NAME[,NAME]", help="slide-level models (default: the table's)")
+    slides.add_argument(
+        "--encoder",
+        default="auto",
+        metavar="NAME",
+        help="auto (default), resnet50, pool, simclr, torchvision:NAME or timm:NAME",
+    )
+    slides.add_argument("--encoder-weights", metavar="FILE", help="a state dict, or 'random'; otherwise torch's cache")
+    _engine(sub)
 
     sub = command("show", "print a table from the results that are there; computes nothing")
     sub.add_argument("table", nargs="?", default="table1", help="name of the table (default: table1)")
@@ -228,6 +260,21 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     )
     sub.add_argument("method", help="coreset method: random, herding or forgetting")
     _shared(sub, table=False)
+
+    sub = command(
+        "distill-slides",
+        "distil every training slide into a few patches per class: one job and one file per slide",
+        "examples:\n  distill-slides --dataset demo --ipc 10 --workers 2\n"
+        "  distill-slides --dataset demo --ipc 10 --shard 3/8        the third of eight parts, e.g. of a job array\n"
+        "  distill-slides --dataset demo --ipc 10 --engine slurm --workers 16 --engine-option slurm_partition=gpu\n",
+    )
+    sub.add_argument("method", nargs="?", default="histodd", help="histodd (default), random or herding")
+    _shared(sub, table=False)
+    sub.add_argument(
+        "--shard", type=_part, default=(1, 1), metavar="I/N", help="part I of N of the slides, from 1/N to N/N"
+    )
+    sub.add_argument("--slides", type=_names, metavar="NAME[,NAME]", help="only these slides")
+    _engine(sub)
 
     sub = command("evaluate", "train on a saved set, or any folder of images <class>/*, and score it on a data set's test patches",
                   "example:\n  evaluate runs/sets/sets/SET --dataset demo --archs convnet-d3:64\n")  # fmt: skip

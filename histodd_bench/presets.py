@@ -196,10 +196,12 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
 
 def section_classes() -> dict[str, type[Any]]:
     """The dataclass behind each section of ``--set``: ``pool``, ``eval`` and every method."""
+    from histodd_bench.mil.training import MILRecipe, TransferRecipe
     from histodd_bench.models import PoolRecipe
     from histodd_bench.training import TrainRecipe
 
-    return {"pool": PoolRecipe, "eval": TrainRecipe, **{n: e.cls for n, e in all_methods().items()}}
+    classes = {"pool": PoolRecipe, "eval": TrainRecipe, "mil": MILRecipe, "transfer": TransferRecipe}
+    return {**classes, **{n: e.cls for n, e in all_methods().items()}}
 
 
 # Fields that have an option of their own, or follow from one.

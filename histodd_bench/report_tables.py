@@ -7,7 +7,7 @@ from html import escape
 from histodd_bench import render, svg
 from histodd_bench.layout import Grid, Interval, Points, Row, Value
 from histodd_bench.paper import DATASETS
-from histodd_bench.tables import Metric, Plot, Table
+from histodd_bench.tables import Metric, Plot, SlideTable, Table
 
 TIMES = chr(0xD7)  # the multiplication sign
 STYLES = {"Histo-DD": 0, "Random": 1, "Herding": 2, "Forgetting": 3}  # the same in every plot; others follow
@@ -139,11 +139,35 @@ def _style(name: str, names: Sequence[str]) -> int:
     return len(STYLES) + others.index(name)
 
 
+def _slide_level_paper(table: SlideTable, grid: Grid, metric: Metric) -> None:
+    """Fill a grid with what the paper prints in a slide-level table: accuracy of every model, and what it cost."""
+    models = list(dict.fromkeys(m for _, _, m in table.paper_accuracy))
+    costs = {"epochs": table.paper_epochs, "s/epoch": table.paper_seconds, "storage": table.paper_storage}
+    places = [
+        (m, what)
+        for m in models
+        for what in ("accuracy %", *costs)
+        if what == "accuracy %" or any(k[2] == m for k in costs[what])
+    ]
+    grid.columns = ["Img/Cls", *(f"{m} {what}" for m, what in places)]
+    for d, ipc in dict.fromkeys((d, i) for d, i, _ in table.paper_accuracy):
+        cells: list[Value | Interval | str | None] = ["Full" if ipc is None else str(ipc)]
+        for m, what in places:
+            if what == "accuracy %":
+                printed = table.paper_accuracy[d, ipc, m]
+                cells.append(Value(*printed.value, 0, metric, printed=printed))
+            else:
+                cells.append(costs[what].get((d, ipc, m), ""))
+        grid.rows.append(Row("", "", "", cells, label=DATASETS.get(d, f"Camelyon16, from {d}")))
+
+
 def paper_html(table: Table) -> str:
     """The numbers that the paper prints in its own table of this name, for its own data sets."""
     metric = table.metrics[0] if table.metrics else Metric("", "", spread=False)
     grid = Grid(f"{table.title}: as printed in the paper", "", table.paper_arch, [], head="Data set", budgets=False)
-    if table.paper_archs:
+    if isinstance(table, SlideTable):
+        _slide_level_paper(table, grid, metric)
+    elif table.paper_archs:
         archs = list(dict.fromkeys(a for _, _, a in table.paper_archs))
         grid.columns = ["Img/Cls", *(f"{a}{u}" for a in archs for u in (" accuracy %", " s/epoch"))]
         for d, ipc in dict.fromkeys((d, i) for d, i, _ in table.paper_archs):

@@ -1,5 +1,6 @@
 """What is asked of one data set, and the cells that follow from it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,23 @@ Changes = tuple[tuple[str, str, Any], ...]  # (section, field, value): what a co
 
 
 @dataclass(frozen=True)
+class SlideOptions:
+    """What is asked at slide level.
+
+    Attributes:
+        models: keys of MIL_MODELS.
+        encoder, weights: see :func:`histodd_bench.mil.features.make_encoder`.
+        engine, engine_options: where slides are distilled.
+    """
+
+    models: tuple[str, ...] = ()
+    encoder: str = "auto"
+    weights: str | None = None
+    engine: str = "local"
+    engine_options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Request:
     """What is asked of one data set; every name in it has been checked.
 
@@ -22,6 +40,7 @@ class Request:
         seeds, eval_seeds: counts; seeds run from 0.
         overrides: fields set on the command line, by section.
         columns: the columns of a table that are asked for; by default one for each method.
+        slides: what a slide-level table asks beyond that.
         out: folder of results; cache: folder of data and networks shared between runs.
     """
 
@@ -44,6 +63,7 @@ class Request:
     workers: int = 1
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     columns: tuple[Column, ...] = ()
+    slides: SlideOptions = field(default_factory=SlideOptions)
 
     def __post_init__(self) -> None:
         for name, width in (*self.archs, self.distill_arch):

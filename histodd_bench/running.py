@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from histodd_bench import experiment, placement, results, stain_plot
 from histodd_bench.continual import TaskSequence, run_sequence
 from histodd_bench.data import Dataset, load_dataset
+from histodd_bench.errors import HistoddError
 from histodd_bench.layout import network
+from histodd_bench.mil.requirements import obstacle
 from histodd_bench.progress import Progress
 from histodd_bench.projection import project
 from histodd_bench.request import Request
-from histodd_bench.tables import Table
+from histodd_bench.tables import SlideTable, Table
 
 PARTS = 2  # stages that a single data set is cut into for a table of kind "sequence"
 
@@ -38,6 +41,14 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
         rows = [sequence.row(k + 1) for k in range(len(stages))]
         results.write_plan(out, table.name, {sequence.name: {**_asked(stages[0]), "rows": rows, "cells": places}})
         run_sequence(sequence)
+    elif isinstance(table, SlideTable):
+        runner = import_module(table.runner)
+        for request in requests:
+            found = obstacle(table, request, _load(request, progress))
+            if found:
+                raise HistoddError(f"{table.name}: {found}")
+            results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
+            runner.run(request, table, progress)
     else:
         for request in requests:
             results.write_plan(out, table.name, {request.dataset: _asked(request)})
@@ -60,10 +71,26 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             experiment.run(current, todo)
 
 
+def possible(table: Table, requests: Sequence[Request], progress: Progress) -> list[Request]:
+    """The requests that ``run all`` can compute of a table; one line says why a slide-level one is left out."""
+    if not isinstance(table, SlideTable):
+        return list(requests)
+    kept = []
+    for request in requests:
+        found = obstacle(table, request, _load(request, progress))
+        if found:
+            progress.log(f"{table.name} is left out: {found}")
+        else:
+            kept.append(request)
+    return kept
+
+
 def project_table(table: Table, requests: Sequence[Request], progress: Progress) -> str:
     """What ``--dry-run`` prints: the projected time of every data set of the table."""
     if table.kind == "statistics":
         return f"{table.name}: nothing is computed but counts; reading the data set is all the time it takes.\n"
+    if table.kind == "slides":
+        return f"{table.name}: slides differ too much for a projection; 'distill-slides --slides NAME' shows what one takes.\n"
     if table.kind == "sequence":
         requests = sequence_requests(requests)
     return "".join(project(experiment.Experiment(request, progress)) for request in requests)

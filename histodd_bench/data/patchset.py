@@ -48,7 +48,9 @@ class PatchSet:
             if values.shape != (n,) or values.dtype != torch.int64:
                 raise HistoddError(f"{name} must be [{n}] int64, got {tuple(values.shape)} {values.dtype}")
             if n and not 0 <= int(values.min()) <= int(values.max()) < len(names):
-                raise HistoddError(f"{name} must lie in 0..{len(names) - 1}, got {int(values.min())}..{int(values.max())}")
+                raise HistoddError(
+                    f"{name} must lie in 0..{len(names) - 1}, got {int(values.min())}..{int(values.max())}"
+                )
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -88,13 +90,16 @@ class PatchSet:
         batch = self.images[indices].to(device)
         return batch.float() / 255 if batch.dtype == torch.uint8 else batch
 
-    def require(self, ipc: int) -> None:
-        """Raise unless there are at least two classes and every class has at least ``ipc`` patches."""
+    def require(self, ipc: int | Sequence[int]) -> None:
+        """Raise unless there are at least two classes and every class has at least ``ipc`` patches (or its own number)."""
         if self.num_classes < 2:
             raise HistoddError(f"one class only ({', '.join(self.classes)}): a classifier needs at least two")
-        for name, count in zip(self.classes, self.class_counts(), strict=True):
-            if count < ipc:
-                raise HistoddError(f"class {name!r} has {count} patches, fewer than the {ipc} per class asked for: lower --ipc")
+        budgets = [ipc] * self.num_classes if isinstance(ipc, int) else ipc
+        for name, count, asked in zip(self.classes, self.class_counts(), budgets, strict=True):
+            if count < asked:
+                raise HistoddError(
+                    f"class {name!r} has {count} patches, fewer than the {asked} per class asked for: lower --ipc"
+                )
 
     def validate(self) -> None:
         """Raise if float images leave [0, 1] or hold NaN (reads the whole set)."""
@@ -105,7 +110,9 @@ class PatchSet:
             bad = ~((chunk >= 0) & (chunk <= 1)).flatten(1).all(1)
             if bad.any():
                 first = start + int(bad.nonzero()[0])
-                raise HistoddError(f"patch {first} holds NaN or values outside [0, 1]: float images must be scaled to [0, 1]")
+                raise HistoddError(
+                    f"patch {first} holds NaN or values outside [0, 1]: float images must be scaled to [0, 1]"
+                )
 
     def fingerprint(self) -> str:
         """SHA-256 over pixels, labels, groups, centres and names: equal sets, equal fingerprints. Computed once."""

@@ -95,7 +95,7 @@ class HistoDD:
     def __call__(
         self,
         train: PatchSet,
-        ipc: int,
+        ipc: int | tuple[int, ...],
         pool: ModelPool,
         seed: int,
         *,
@@ -103,7 +103,7 @@ class HistoDD:
         workdir: Path,
         progress: Progress,
     ) -> PatchSet:
-        """Distil ``train`` into ``ipc`` float32 patches per class.
+        """Distil ``train`` into ``ipc`` float32 patches per class (or a number for each; a class with 0 takes no part).
 
         Continues from ``workdir/checkpoint.pt`` where an interrupted call left it, and then gives byte for byte what the
         unbroken call gives. Leaves ``workdir/history.json`` (per outer step the mean matching loss and the seconds) and
@@ -122,11 +122,12 @@ class HistoDD:
                     network.parameters(), self.network_lr, self.network_momentum, weight_decay=self.network_weight_decay
                 )
                 for _ in range(self.inner_steps):
-                    for label in range(train.num_classes):
+                    for label in run.present:
                         loss, gradient, rows = run.matching_loss(network, label)
                         run.update_images(rows, gradient)
                         losses.append(loss)
-                    run.update_network(network, optimizer)
+                    if len(run.present) > 1:  # patches of one class would only teach the network to answer that class
+                        run.update_network(network, optimizer)
                 mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
                 if losses and not math.isfinite(mean_loss):
                     raise HistoddError(
@@ -141,7 +142,14 @@ class _Run:
     """One distillation: the synthetic patches, what their updates remember, and the generator that draws everything."""
 
     def __init__(
-        self, method: HistoDD, train: PatchSet, ipc: int, pool: ModelPool, seed: int, device: torch.device, workdir: Path
+        self,
+        method: HistoDD,
+        train: PatchSet,
+        ipc: int | tuple[int, ...],
+        pool: ModelPool,
+        seed: int,
+        device: torch.device,
+        workdir: Path,
     ) -> None:
         self.method, self.train, self.device, self.workdir = method, train, device, workdir
         self.preprocessing: Preprocessing = pool.preprocessing
@@ -150,12 +158,14 @@ class _Run:
         self.fits = pool.fits() if self.augmentation.stains else None
         self.by_class = [train.class_indices(label) for label in range(train.num_classes)]
         self.pool = pool
+        self.budgets = (ipc,) * train.num_classes if isinstance(ipc, int) else ipc
+        self.present = [label for label, budget in enumerate(self.budgets) if budget]
         self.outer_step, self.image_steps = 0, 0
         self.history: list[dict[str, float]] = []
-        if not self._resume((ipc * train.num_classes, 3, *train.image_size)):
-            self._begin(ipc)
+        if not self._resume((sum(self.budgets), 3, *train.image_size)):
+            self._begin()
 
-    def _begin(self, ipc: int) -> None:
+    def _begin(self) -> None:
         """Choose the patches to start from and save them."""
         method, train, device = self.method, self.train, self.device
         if method.initial == "matched":
@@ -163,17 +173,17 @@ class _Run:
             every += [self.pool.new(draw_seed(self.generator)) for _ in range(len(self.pool))]
             chosen = matched_start(
                 train,
-                ipc,
+                self.budgets,
                 [network.train() for network in every],
                 self.generator,
                 preprocessing=self.preprocessing,
-                candidates=max(method.start_patches // ipc, 1),
+                candidates=max(method.start_patches // max(self.budgets), 1),
                 match=method.match,
                 distance=method.distance,
                 device=device,
             )
         else:
-            chosen = stratified_draw(train, ipc, self.generator)
+            chosen = stratified_draw(train, self.budgets, self.generator)
         self.labels = train.labels[chosen].to(device)
         self.images = train.float_batch(chosen, device).contiguous()
         if method.initial == "noise":
@@ -216,13 +226,13 @@ class _Run:
         method = self.method
         rate = method.image_lr
         if method.image_decay:
-            total = method.outer_steps * method.inner_steps * self.train.num_classes
+            total = method.outer_steps * method.inner_steps * len(self.present)
             rate *= 0.5 * (1 + math.cos(math.pi * self.image_steps / total))
         self.image_steps += 1
         if method.step == "adaptive":
             label = self.labels[rows[0]]
             self.square_sum[label] += gradient.square().mean()
-            steps = -(-self.image_steps // self.train.num_classes)  # of this class, this one included
+            steps = -(-self.image_steps // len(self.present))  # of this class, this one included
             gradient = gradient / (self.square_sum[label] / steps).sqrt().clamp(min=1e-20)
         velocity = method.image_momentum * self.velocity[rows] + gradient
         self.velocity[rows] = velocity
@@ -232,7 +242,7 @@ class _Run:
         """One SGD step of the drawn network on a real minibatch of all classes, with one augmentation draw per patch."""
         size = self.method.real_batch
         if self.method.balanced:
-            labels = torch.randint(self.train.num_classes, (size,), generator=self.generator)
+            labels = torch.tensor(self.present)[torch.randint(len(self.present), (size,), generator=self.generator)]
             counts = torch.tensor([len(members) for members in self.by_class])
             place = (torch.rand(size, generator=self.generator, dtype=torch.float64) * counts[labels]).long()
             indices = torch.stack([self.by_class[label][i] for label, i in zip(labels.tolist(), place, strict=True)])
@@ -251,7 +261,9 @@ class _Run:
         warp = None if draw.warp is None else draw.warp.to(self.device).expand(len(indices), 2, 3)
         if self.fits is None or not bool(draw.stain.any()):
             return self.preprocessing(images, warp=warp)
-        return self.preprocessing(images, warp=warp, stain=self.fits[0][indices], valid=self.fits[1][indices] & draw.stain)
+        return self.preprocessing(
+            images, warp=warp, stain=self.fits[0][indices], valid=self.fits[1][indices] & draw.stain
+        )
 
     def _view_synthetic(self, images: Tensor, draw: Draw) -> Tensor:
         warp = None if draw.warp is None else draw.warp.to(self.device).expand(len(images), 2, 3)

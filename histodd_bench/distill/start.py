@@ -17,7 +17,7 @@ REAL = 256  # patches whose mean gradient stands for that of their class
 
 def matched_start(
     train: PatchSet,
-    ipc: int,
+    ipc: int | Sequence[int],
     networks: Sequence[nn.Module],
     generator: Generator,
     *,
@@ -28,7 +28,7 @@ def matched_start(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Indices ``[C * ipc]`` of real patches, class by class: of ``candidates`` draws, stratified over slides, the one
-    whose gradients are closest to those of the class, over all ``networks``.
+    whose gradients are closest to those of the class, over all ``networks``. ``ipc`` may be a number for each class, 0 for none.
 
     The distance is that of eq. 1 between the mean gradients of a draw and of 256 patches of the class, without
     augmentation, divided by its mean over the draws so that every network counts alike.
@@ -42,6 +42,8 @@ def matched_start(
     scores = torch.zeros(train.num_classes, candidates)
     for label in range(train.num_classes):
         members = train.class_indices(label)
+        if not isinstance(ipc, int) and ipc[label] == 0:
+            continue
         real = members[torch.randperm(len(members), generator=generator)[:REAL]]
         parts = [draw[train.labels[draw] == label] for draw in draws]
         for network in networks:

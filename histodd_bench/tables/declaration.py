@@ -7,6 +7,7 @@ from typing import Any, Literal
 from histodd_bench.paper import Printed
 
 OPERATIONS = ("stain", "flip", "rotate", "scale")  # of the Siamese augmentation; its own module needs torch
+Kind = Literal["cells", "statistics", "sequence", "slides"]
 Fields = Mapping[str, Mapping[str, Any]]  # section (a method, "pool", "eval" or "data") -> field -> value
 
 
@@ -91,9 +92,11 @@ class Table:
         across: ``methods``: one table for each network, methods side by side; ``archs``: networks side by side, one row
             for each method.
         kind: ``cells``: trainings on sets; ``statistics``: facts about the data, nothing is trained; ``sequence``:
-            trainings on memories of several data sets that arrive one after the other.
+            trainings on memories of several data sets that arrive one after the other; ``slides``: trainings on bags of
+            patches, see :class:`histodd_bench.tables.slide_level.SlideTable`.
         ipc: images per class; None where the preset decides.
-        options: by preset, what the table asks instead of the preset: ``archs``, ``seeds``, ``eval_seeds``, ``stain``.
+        options: by preset, what the table asks instead of the preset: ``archs``, ``ipc``, ``seeds``, ``eval_seeds``, ``stain``,
+            ``threads``.
         paper: numbers printed in the paper by (dataset, ipc or None, column title); shown marked as the paper's.
         paper_archs: the same where networks stand side by side, by (dataset, ipc or None, network); with seconds an epoch.
         paper_ratio: the paper's Ratio% by (dataset, ipc).
@@ -107,7 +110,7 @@ class Table:
     columns: tuple[Column, ...]
     metrics: tuple[Metric, ...]
     across: Literal["methods", "archs"] = "methods"
-    kind: Literal["cells", "statistics", "sequence"] = "cells"
+    kind: Kind = "cells"
     ipc: tuple[int, ...] | None = None
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper: Mapping[tuple[str, int | None, str], Printed] = field(default_factory=dict)

@@ -1,0 +1,296 @@
+"""Engines: independent jobs on local processes, on SLURM through submitit, or on Ray. Jobs leave files; engines only run them.
+
+An engine gets an *opener*, a picklable function that is called once per worker with the device's name and returns the function
+that does one job, and a list of picklable jobs. It returns what went wrong, by job. A worker that dies costs the job it was
+doing, nothing else.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from histodd_bench.errors import HistoddError, UsageError, unknown_name
+
+Job = Hashable
+Opener = Callable[[str], Callable[[Any], None]]
+Failures = dict[Any, str]
+
+_PR_SET_PDEATHSIG = 1
+_POLL = 0.5  # seconds between looks at jobs of a cluster
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where jobs run.
+
+    Attributes:
+        name: a key of :data:`ENGINES`.
+        workers: processes (local), jobs of a job array (slurm) or actors (ray) at once.
+        device: ``cpu``, ``cuda`` (spread over all GPUs of the machine, one after the other) or ``cuda:N``.
+        options: of the engine, as text: submitit's parameters (``slurm_partition=gpu``, ``timeout_min=600``,
+            ``cluster=local`` to try it without SLURM), or Ray's ``address``.
+        folder: for the engine's own files.
+    """
+
+    name: str
+    workers: int
+    device: str
+    folder: Path
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, opener: Opener, jobs: Sequence[Any], on_done: Callable[[], None]) -> Failures:
+        """Run every job once; ``on_done`` is called as each ends. Returns the failed jobs and why.
+
+        Raises:
+            UsageError: no such engine, or an option it does not have.
+            HistoddError: a worker cannot start, or the engine's package is not installed.
+        """
+        if self.name not in ENGINES:
+            raise unknown_name("engine", self.name, ENGINES)
+        return ENGINES[self.name](self, opener, list(jobs), on_done) if jobs else {}
+
+
+def device_of(worker: int, device: str) -> str:
+    """The device of worker number ``worker``: GPUs in turn where there are several and none is named."""
+    if device != "cuda":
+        return device
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{worker % gpus}" if gpus > 1 else device
+
+
+def default_workers(device: str, cores: int) -> int:
+    """One worker per GPU where GPUs are used, otherwise one per core."""
+    import torch
+
+    if device.startswith("cuda:") or device == "cpu" or not torch.cuda.is_available():
+        return 1 if device.startswith("cuda:") else cores
+    return torch.cuda.device_count()
+
+
+def _attempt(do: Callable[[Any], None], job: Any) -> str | None:
+    """Do a job; what went wrong in one line, or None."""
+    try:
+        do(job)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else "no details"
+        return text if isinstance(error, HistoddError) else f"{type(error).__name__}: {text}"
+    return None
+
+
+# ---- local processes ---------------------------------------------------------------------------------------------------
+
+
+def _local(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+    if engine.options:
+        raise UsageError(f"the local engine has no option {next(iter(engine.options))!r}")
+    context = multiprocessing.get_context("spawn")
+    queue, failures = deque(jobs), Failures()
+    processes: dict[Any, tuple[int, multiprocessing.process.BaseProcess]] = {}
+    doing: dict[Any, Any] = {}  # what each worker has in hand; absent before it is ready
+
+    def start(number: int) -> None:
+        ours, theirs = context.Pipe()
+        arguments = (opener, device_of(number, engine.device), theirs)
+        process = context.Process(target=_local_worker, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        processes[ours] = (number, process)
+
+    try:
+        for number in range(min(engine.workers, len(jobs))):
+            start(number)
+        while processes:
+            for connection in wait(list(processes)):
+                assert isinstance(connection, Connection)
+                number, process = processes[connection]
+                try:
+                    kind, text = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    process.join(5)
+                    del processes[connection]
+                    if connection not in doing:
+                        raise HistoddError(
+                            f"a worker process ended while starting (exit code {process.exitcode}): try fewer --workers"
+                        ) from None
+                    failures[doing.pop(connection)] = f"its worker process ended (exit code {process.exitcode})"
+                    on_done()
+                    if queue:
+                        start(number)
+                    continue
+                if kind == "error":
+                    raise HistoddError(text)
+                if connection in doing:
+                    job = doing.pop(connection)
+                    if text is not None:
+                        failures[job] = text
+                    on_done()
+                if queue:
+                    doing[connection] = queue.popleft()
+                    connection.send((doing[connection],))
+                else:
+                    connection.send(None)
+                    processes.pop(connection)[1].join()
+    finally:
+        for _, process in processes.values():
+            process.kill()
+    return failures
+
+
+def _local_worker(opener: Opener, device: str, connection: Connection) -> None:
+    """A worker's life: it ends when told so or when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        try:
+            do = opener(device)
+        except HistoddError as error:
+            connection.send(("error", str(error)))
+            return
+        connection.send(("ready", None))
+        while (message := connection.recv()) is not None:
+            connection.send(("done", _attempt(do, message[0])))
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone
+
+
+# ---- SLURM, through submitit -------------------------------------------------------------------------------------------
+
+
+def _chunk(opener: Opener, device: str, jobs: list[Any]) -> Failures:
+    """What one job of the array does: a worker's share."""
+    do = opener(device)
+    found = {job: _attempt(do, job) for job in jobs}
+    return {job: text for job, text in found.items() if text is not None}
+
+
+def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+    try:
+        import submitit
+    except ImportError:
+        raise HistoddError("--engine slurm needs submitit: pip install submitit") from None
+    options: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in engine.options.items()}
+    executor = submitit.AutoExecutor(folder=engine.folder / "submitit" / "%j", cluster=options.pop("cluster", "slurm"))
+    gpu = engine.device.startswith("cuda")
+    try:
+        executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": 1, **({"gpus_per_node": 1} if gpu else {}),
+                                      "name": "histodd-slides", **options})  # fmt: skip
+    except (NameError, TypeError, ValueError) as error:
+        raise UsageError(f"--engine-option: {error}".splitlines()[0]) from None
+    shares = [jobs[i :: engine.workers] for i in range(min(engine.workers, len(jobs)))]
+    devices = ["cuda" if gpu else engine.device] * len(shares)  # SLURM shows a job its own GPU only
+    submitted = executor.map_array(_chunk, [opener] * len(shares), devices, shares)
+    failures, waiting = Failures(), dict(zip(range(len(shares)), submitted, strict=True))
+    try:
+        while waiting:
+            for i in [i for i, job in waiting.items() if job.done()]:
+                try:
+                    failures.update(waiting.pop(i).result())
+                except Exception as error:  # submitit raises several kinds for a job that died
+                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                    lines = [line for line in lines if "Error:" in line] or lines
+                    failures.update(
+                        dict.fromkeys(shares[i], f"its job failed: {lines[-1] if lines else type(error).__name__}")
+                    )
+                for _ in shares[i]:
+                    on_done()
+            if waiting:
+                time.sleep(_POLL)
+    finally:
+        for job in waiting.values():
+            job.cancel()
+    return failures
+
+
+# ---- Ray ---------------------------------------------------------------------------------------------------------------
+
+
+def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+    try:
+        import ray
+    except ImportError:
+        raise HistoddError("--engine ray needs Ray: pip install ray") from None
+    wrong = set(engine.options) - {"address"}
+    if wrong:
+        raise UsageError(f"the ray engine has no option {min(wrong)!r}: it has address")
+    gpu = engine.device.startswith("cuda")
+    address = engine.options.get("address")
+    started = not ray.is_initialized()
+    if started:
+        # A local cluster imports what this process can import, also from a checkout that is not installed.
+        seen = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+        local: dict[str, Any] = {"num_cpus": engine.workers, "include_dashboard": False, "runtime_env": seen}
+        local = {} if address else local
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+
+    @ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0)
+    class Worker:
+        def __init__(self, opener: Opener, device: str) -> None:
+            self.failed, self.do = "", None
+            try:
+                self.do = opener(device)
+            except HistoddError as error:
+                self.failed = str(error)
+
+        def start(self) -> str:
+            return self.failed
+
+        def work(self, job: Any) -> str | None:
+            assert self.do is not None
+            return _attempt(self.do, job)
+
+    queue, failures = deque(jobs), Failures()
+    hands: dict[Any, tuple[Any, Any]] = {}  # future -> (worker, job in hand; None while it starts)
+
+    def hire() -> None:
+        worker = Worker.remote(opener, "cuda" if gpu else engine.device)  # type: ignore[attr-defined]
+        hands[worker.start.remote()] = (worker, None)
+
+    try:
+        for _ in range(min(engine.workers, len(jobs))):
+            hire()
+        while hands:
+            (future,), _ = ray.wait(list(hands), num_returns=1)
+            worker, job = hands.pop(future)
+            try:
+                text = ray.get(future)
+            except ray.exceptions.RayError as error:
+                if job is None:
+                    raise HistoddError(f"a Ray worker ended while starting: {str(error).splitlines()[0]}") from None
+                failures[job[0]] = "its Ray worker ended"
+                on_done()
+                if queue:
+                    hire()
+                continue
+            if job is None:
+                if text:
+                    raise HistoddError(text)
+            else:
+                if text is not None:
+                    failures[job[0]] = text
+                on_done()
+            if queue:
+                job = (queue.popleft(),)
+                hands[worker.work.remote(job[0])] = (worker, job)
+    finally:
+        if started:
+            ray.shutdown()
+    return failures
+
+
+ENGINES: dict[str, Callable[[Engine, Opener, list[Any], Callable[[], None]], Failures]] = {
+    "local": _local,
+    "slurm": _slurm,
+    "ray": _ray,
+}

@@ -1,0 +1,159 @@
+"""From the records of Table 5 to grids: one for each direction, patch level and slide level side by side."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from histodd_bench.files import digest
+from histodd_bench.layout import Cell, Grid, Row
+from histodd_bench.mil import MIL_MODELS
+from histodd_bench.mil.layout import (
+    HEAD,
+    block,
+    frames_of,
+    groups_of,
+    ordered_sets,
+    paper_rows,
+    slide_records,
+    variants,
+)
+from histodd_bench.results import Record
+from histodd_bench.tables.slide_level import SlideTable
+
+PAPER_CENTRES = {"radboud": "C1", "utrecht": "C2"}  # of Camelyon16, by what their names contain
+GAIN = "Share of the full data's gain, %"
+
+
+def _group(record: Record) -> str:
+    config = record["config"]
+    kept = {k: v for k, v in config.items() if k not in ("eval", "set")}
+    return digest([record["dataset"], kept])
+
+
+def _column(record: Record) -> str:
+    evaluation = record["config"]["eval"]
+    if evaluation["at"] == "slide":
+        return f"Slides, {MIL_MODELS[record['arch']].title}"
+    width = evaluation["width"]
+    return f"Patches, {record['arch']}" + ("" if width is None else f" (width {width})")
+
+
+def table5_grids(
+    table: SlideTable, records: Sequence[Record], plan: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
+) -> list[Grid]:
+    """One grid per data set, direction, and what the records must share to be compared."""
+    made = []
+    for same in groups_of(slide_records(records, table), _group):
+        first = same[0]
+        config, data, dataset = first["config"], first["data"], first["dataset"]
+        columns = sorted({_column(r) for r in same})
+        labels: dict[str, str] = {}
+        for part in groups_of(same, _column):
+            labels |= variants(part)
+        sets = [(None, "No transfer", ""), *ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))]
+        frames = frames_of(table, same, labels, _column)
+        shown = f"{dataset} (procedural data)" if data["procedural"] else dataset
+        title = f"{table.title}: {shown}, {config['source']} => {config['target']}"
+        grid = Grid(title, dataset, ", ".join(sorted({r["arch"] for r in same})), columns, head=HEAD)
+        source = next((name for part, name in PAPER_CENTRES.items() if part in config["source"].lower()), "")
+        levels = {c: "slide" if c.startswith("Slides") else "patch" for c in columns}
+        for metric in table.metrics:
+            grid.rows += block(metric, sets, frames, columns, lambda ipc: "")
+            if dataset == "camelyon16":
+                grid.rows += paper_rows(table, metric, source, levels)
+            if metric.key == "metrics.accuracy":
+                grid.rows += _gains(same, sets, columns, labels, {c.method: c.title for c in table.columns})
+        grid.notes = _notes(same)
+        made.append(grid)
+    return made
+
+
+def _gains(
+    records: Sequence[Record], sets: Sequence[tuple[int | None, str, str]], columns: Sequence[str],
+    labels: Mapping[str, str], titles: Mapping[str, str],
+) -> list[Row]:  # fmt: skip
+    """What each set recovers of the accuracy that the full data add; undefined where they add nothing that can be told."""
+
+    def accuracies(column: str, ipc: int | None, title: str, label: str) -> dict[int, float]:
+        found: dict[int, list[float]] = {}
+        for r in records:
+            own = titles.get(r["method"], "No transfer" if r["method"] == "none" else r["method"])
+            if (_column(r), r["ipc"], own, labels[r["key"]]) == (column, ipc, title, label):
+                found.setdefault(r["eval_seed"], []).append(r["metrics"]["accuracy"])
+        return {seed: fmean(values) for seed, values in found.items()}
+
+    rows = []
+    for ipc, title, label in sets:
+        if ipc is None:
+            continue
+        cells: list[Cell] = []
+        for column in columns:
+            none, full = accuracies(column, None, "No transfer", ""), accuracies(column, None, "Full", "")
+            own = accuracies(column, ipc, title, label)
+            seeds = sorted(none.keys() & full.keys() & own.keys())
+            cells.append(share([none[s] for s in seeds], [full[s] for s in seeds], [own[s] for s in seeds]))
+        rows.append(Row(GAIN, str(ipc), "", cells, label=f"{title} ({label})" if label else title))
+    return rows
+
+
+def share(none: Sequence[float], full: Sequence[float], own: Sequence[float]) -> str | None:
+    """The share of the full data's gain in percent, as text; accuracies are paired by seed.
+
+    None without numbers; ``undefined`` where the full data's gain is not above its standard error (or that error is unknown).
+    """
+    if not none:
+        return None
+    gains = [f - n for f, n in zip(full, none, strict=True)]
+    error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gain = fmean(gains)
+    if gain <= error:
+        return "undefined"
+    return f"{100 * fmean([o - n for o, n in zip(own, none, strict=True)]) / gain:.0f}"
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    first = records[0]
+    config, data, dataset = first["config"], first["data"], first["dataset"]
+    notes = []
+    if data["procedural"]:
+        notes.append(f"{dataset} is procedural: its pictures are computer-made; nothing here is about patients.")
+    transfer = config["transfer"]
+    notes.append(
+        f"A model trained on the training slides of {config['target']} is fine-tuned for {transfer['epochs']} epochs on what "
+        f"{config['source']} shares and on nothing else, and scored on the test slides of {config['target']}. This is the order of the "
+        "paper's text; its caption has it the other way round. The paper fine-tunes CLAM for 10 epochs on the full data, here every "
+        "set has the same number."
+    )
+    notes.append(
+        f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
+        "above its standard error: below zero, too."
+    )
+    for part in groups_of(records, _column):
+        evaluation = part[0]["config"]["eval"]
+        slide = evaluation["at"] == "slide"
+        trained = evaluation["model"]["lr"] if slide else evaluation["lr"]
+        tuned = transfer["slide_lr" if slide else "lr"] or trained
+        line = f"{_column(part[0])}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {tuned:g}"
+        if "encoder" in evaluation:
+            line += f"; encoder of {config['target']}: {evaluation['encoder']['title']}"
+        fields = {json.dumps(r["config"]["set"].get("fields", {})) for r in part if r["method"] == "histodd"}
+        for text in sorted(fields):
+            own = json.loads(text)
+            line += f"; Histo-DD {own['outer_steps']} outer x {own['inner_steps']} inner steps"
+        notes.append(line + ".")
+    seeds = len({r["distill_seed"] for r in records if r["distill_seed"] is not None})
+    notes.append(
+        f"mean ± standard deviation (n) over at most {seeds} selection or distillation seeds x "
+        f"{len({r['eval_seed'] for r in records})} training seeds. - = not computed yet. The best set of each budget in bold."
+    )
+    devices = sorted({f"{r['environment']['device']}, {r['environment']['threads']} threads" for r in records})
+    notes.append(
+        f"Times on {'; '.join(devices)}; (xN) = N times less than Full. Storage is what the source centre shares."
+    )
+    slides = ", ".join(
+        f"{a} + {b} {c}" for a, b, c in zip(data["train_slides"], data["test_slides"], data["classes"], strict=True)
+    )
+    notes.append(f"Slides of {config['target']} (training + test): {slides}; {data['test_patches']} test patches.")
+    return notes + [f"{dataset}: {note}" for note in data["notes"]]

@@ -1,0 +1,317 @@
+"""Tables 4 and 5 on tiny slides: every cell once, nothing computed twice, and grids that say what they hold."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_slides import arguments, write_slides
+
+from histodd_bench import cli, compare, options, render, report, results
+from histodd_bench.data import PatchSet
+from histodd_bench.data.centres import centre_part, centres_of
+from histodd_bench.data.store import Dataset
+from histodd_bench.errors import HistoddError
+from histodd_bench.mil.layout import table4_grids
+from histodd_bench.mil.layout_transfer import share, table5_grids
+from histodd_bench.mil.requirements import obstacle
+from histodd_bench.progress import Progress
+from histodd_bench.tables import TABLES
+
+pytest.importorskip("nystrom_attention", reason="slide-level models need the group 'mil'")
+MODELS = "clam-sb,transmil"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data, a cache, and both tables run once; tests may read them but not change them."""
+    base = tmp_path_factory.mktemp("tables")
+    made = {"data": write_slides(base / "data"), "cache": base / "cache", "out": base / "out"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HISTODD_CACHE", str(made["cache"]))
+        assert cli.main(command("table4", made, "--mil", MODELS)) == 0
+        assert cli.main(command("table5", made)) == 0
+    return made
+
+
+@pytest.fixture(autouse=True)
+def same_cache(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(folders["cache"]))
+
+
+def command(table: str, folders: dict[str, Path], *more: str) -> list[str]:
+    return arguments(f"run {table}", folders["data"], folders["out"], "--ipc", "2,5", "--seeds", "1", "--eval-seeds", "2",
+                     "--workers", "1", *more)  # fmt: skip
+
+
+def of(folders: dict[str, Path], level: str) -> list[results.Record]:
+    records, ignored = results.read_records(folders["out"])
+    assert ignored == []
+    return [r for r in records if r["config"]["level"] == level]
+
+
+def test_table4_has_one_record_per_cell(folders) -> None:
+    records = of(folders, "slide")
+    assert len(records) == 2 * (3 * 2 * 2 + 2)  # models x (sets x budgets x training seeds + Full)
+    one = next(r for r in records if r["method"] == "histodd" and r["ipc"] == 5)
+    assert one["storage"]["count"] == 4 * 8 + 2 * 4 and one["storage"]["capped_slides"] == 6, (
+        "all a slide has, never more"
+    )
+    assert one["storage"]["slides"] == 6 and one["seconds"]["per_slide"] > 0
+    assert one["data"]["train_slides"] == [2, 4] and one["data"]["bag_sizes"] == [4, 8, 8]
+    assert "pool-trained: supervised" in one["config"]["eval"]["encoder"]["title"]
+    probabilities = results.unpack(one["predictions"]["probabilities"])
+    labels = results.unpack(one["predictions"]["labels"])
+    assert probabilities.shape == (4, 2) and one["predictions"]["slides"] == [f"test-s{i}" for i in range(4)]
+    assert one["metrics"]["accuracy"] == pytest.approx((probabilities.argmax(1) == labels).mean())
+    assert labels.tolist() == [1, 1, 0, 1], "a slide with one tumour patch is positive"
+
+
+def test_table4_grid(folders) -> None:
+    (grid,) = table4_grids(TABLES["table4"], of(folders, "slide") + of(folders, "transfer"))
+    assert grid.columns == ["CLAM-SB", "TransMIL"]
+    accuracy = [(row.ipc, row.label) for row in grid.rows if row.block == "Accuracy %"]
+    assert accuracy == [*((i, m) for i in "25" for m in ("Histo-DD", "Random", "Herding")), ("", "Full")]
+    times = next(r for r in grid.rows if r.block == "Patches in all bags" and (r.ipc, r.label) == ("2", "Random"))
+    assert [c.mean for c in times.cells] == [20, 20] and all(c.n == 2 for c in times.cells)
+    notes = " ".join(grid.notes)
+    assert "Encoder: convnet-d3 (width 8), pool-trained" in notes and "Never more than a slide has" in notes
+    for text in (render.markdown([grid]), render.latex([grid]), render.as_csv([grid]), render.rich([grid])):
+        assert "Histo-DD" in text and " nan" not in text.lower()
+
+
+def test_table5_has_both_levels_and_both_directions(folders) -> None:
+    records = of(folders, "transfer")
+    assert len(records) == 2 * 2 * (2 + 3 * 2 * 2 + 2)  # directions x levels x (none + sets + Full)
+    directions = {(r["config"]["source"], r["config"]["target"]) for r in records}
+    assert directions == {("A", "B"), ("B", "A")}
+    none = [r for r in records if r["method"] == "none"]
+    assert all(r["metrics"]["epochs"] == 0 and r["storage"]["count"] == 0 for r in none)
+    moved = [r for r in records if r["method"] != "none"]
+    assert all(r["metrics"]["epochs"] == 1 and r["metrics"]["pretrain_seconds"] > 0 for r in moved)
+    full = next(r for r in moved if r["method"] == "full" and r["config"]["source"] == "A")
+    # A holds slides 0, 2, 4, of which slide 2 shows one class
+    assert full["storage"]["count"] == 8 + 4 + 8 and full["data"]["train_patches"] == 8 + 8 + 4
+
+
+def test_no_transfer_is_where_every_fine_tuning_starts(folders) -> None:
+    """The same target model, whatever the source: without transfer both directions into a target agree by seed."""
+    from histodd_bench.files import read_state
+
+    states = sorted((folders["cache"] / "transfer").glob("*.pt"))
+    assert len(states) == 2 * 2 * 2  # targets x levels x training seeds
+    assert all("model" in read_state(p) for p in states)
+
+
+def test_table5_grids(folders) -> None:
+    grids = table5_grids(TABLES["table5"], of(folders, "transfer") + of(folders, "slide"))
+    assert [g.title.rpartition(", ")[2] for g in grids] in (["A => B", "B => A"], ["B => A", "A => B"])
+    for grid in grids:
+        assert grid.columns == ["Patches, convnet-d3 (width 8)", "Slides, CLAM-SB"]
+        rows = [(row.ipc, row.label) for row in grid.rows if row.block == "Accuracy %"]
+        sets = [(i, m) for i in "25" for m in ("Histo-DD", "Random", "Herding")]
+        assert rows == [("", "No transfer"), *sets, ("", "Full")]
+        assert "paper's text" in " ".join(grid.notes)
+        seconds = next(r for r in grid.rows if r.block.startswith("Fine-tuning time") and r.label == "No transfer")
+        assert seconds.cells == ["", ""], "nothing is trained: empty, not missing"
+        assert not [r for r in grid.rows if None in r.cells]
+
+
+def test_a_second_run_computes_nothing(folders, capsys) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in folders["out"].rglob("records/*.json")}
+    stamps |= {p: p.stat().st_mtime_ns for p in folders["out"].rglob("slides/*/*.safetensors")}
+    assert cli.main(command("table4", folders, "--mil", MODELS)) == 0
+    assert "all 28 cells are finished already" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_a_lost_record_is_computed_again_to_the_same_predictions(folders) -> None:
+    lost = next(r for r in of(folders, "slide") if r["method"] == "herding")
+    path = folders["out"] / "records" / results.file_name(lost)
+    path.unlink()
+    assert cli.main(command("table4", folders, "--mil", MODELS)) == 0
+    again = results.read_record(path)
+    assert again["predictions"] == lost["predictions"]
+    for name in ("accuracy", "balanced_accuracy", "final_loss"):
+        assert again["metrics"][name] == lost["metrics"][name]
+
+
+def test_changed_options_make_new_records(folders, tmp_path) -> None:
+    line = arguments("run table4", folders["data"], tmp_path / "out", "--ipc", "2", "--seeds", "1", "--eval-seeds", "1", "--workers", "1",
+                     "--methods", "random", "--mil", "abmil")  # fmt: skip
+    assert cli.main(line) == 0
+    assert cli.main([*line, "--set", "mil.lr=0.01"]) == 0
+    assert cli.main([*line, "--encoder", "resnet50", "--encoder-weights", "random", "--image-size", "32"]) == 0
+    records, _ = results.read_records(tmp_path / "out")
+    assert len(records) == 3 and len({r["key"] for r in records}) == 3
+    assert {r["config"]["eval"]["encoder"]["title"] for r in records} >= {"ResNet50 to its third stage, random weights"}
+
+
+@pytest.mark.parametrize("form", cli.FORMATS)
+def test_show_prints_both_tables_without_computing(folders, capsys, form) -> None:
+    for table, word in (("table4", "CLAM-SB"), ("table5", "Patches shared")):
+        assert cli.main(["show", table, "--out", str(folders["out"]), "--format", form]) == 0
+        text = capsys.readouterr().out
+        if form == "json":
+            assert json.loads(text)
+        else:
+            assert word in text and "Histo-DD" in text and " nan" not in text.lower()
+    assert cli.main(["show", "table1", "--out", str(folders["out"])]) == 0
+    assert "no results" in capsys.readouterr().err, "slide-level records are not patch-level results"
+
+
+def test_csv_has_budgets_and_sets_in_columns_of_their_own(folders) -> None:
+    rows = list(csv.DictReader((folders["out"] / "table4.csv").open()))
+    assert {(r["ipc"], r["row"]) for r in rows} >= {("2", "Histo-DD"), ("5", "Herding"), ("", "Full")}
+
+
+def test_the_report_has_both_tables(folders, tmp_path) -> None:
+    text = report.write_report(folders["out"], tmp_path / "page.html").read_text()
+    for words in ("TransMIL", "imagefolder, A =&gt; B", "22.0 (x1.07)", "1e-3 GB", "87.5 ± 0.6", "No transfer"):
+        assert words in text, words
+    assert (tmp_path / "table5.tex").is_file() and "Table 1:" not in text
+    assert "cells. <progress" not in text, "all are finished"
+
+
+def test_compare_matches_slide_level_cells(folders, tmp_path) -> None:
+    same = compare.compare(folders["out"], folders["out"])
+    assert same.changes and not same.only_a and not same.only_b and all(c.difference == 0 for c in same.changes)
+    assert {c.how for c in same.changes if c.metric.startswith("accuracy")} == {"slides, paired"}
+    directions = {
+        c.cell.partition("(table5: ")[2]
+        for c in same.changes
+        if c.cell.startswith("imagefolder, clam-sb (width 16), full")
+    }
+    assert {"A => B, Slides)", "B => A, Slides)"} <= directions
+    changed = arguments("run table4", folders["data"], tmp_path / "out", "--ipc", "2", "--seeds", "1", "--eval-seeds", "2",
+                        "--workers", "1", "--methods", "random,full", "--mil", "clam-sb", "--set", "mil.lr=0.01")  # fmt: skip
+    assert cli.main(changed) == 0
+    found = compare.compare(folders["out"], tmp_path / "out")
+    assert ("0.0002", "0.01") in found.configuration["eval.model.lr"] and not found.only_b
+    for text in (form(found) for form in compare.FORMATS.values()):
+        assert "clam-sb" in text
+
+
+def test_every_cell_was_asked_for(folders) -> None:
+    plan, (records, _) = results.read_plan(folders["out"]), results.read_records(folders["out"])
+    assert {k for table in plan.values() for k in table["imagefolder"]["cells"]} == {r["key"] for r in records}
+
+
+def test_a_dry_run_of_a_slide_level_table_says_that_it_projects_nothing(folders, tmp_path, capsys) -> None:
+    line = arguments("run table4", folders["data"], tmp_path / "out", "--dry-run")
+    assert cli.main(line) == 0 and "distill-slides --slides" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def request_for(table: str, *methods: str):
+    line = ["run", table, "--methods", ",".join(methods or ("random", "full"))]
+    return cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES[table], Path("x"))[0]
+
+
+def test_what_makes_a_slide_level_table_impossible() -> None:
+    def why(table: str, some: Dataset, *methods: str) -> str:
+        return obstacle(TABLES[table], request_for(table, *methods), some)
+
+    good = dataset([0, 0, 1, 1, 0, 0, 1, 1], labels=[0, 0, 0, 1, 0, 0, 1, 1])
+    assert why("table4", good) == "" and why("table5", good) == ""
+    assert "does not say which centre" in why("table5", dataset(None, labels=[0, 0, 0, 1, 0, 0, 1, 1]))
+    assert "training slides of some are all of class 't'" in why("table4", dataset(None))
+    single = dataclasses.replace(good.train, groups=torch.arange(8), group_names=tuple("abcdefgh"))
+    assert "does not say which slide its training patches come from" in why(
+        "table4", Dataset("some", single, single, False)
+    )
+    assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--mil", "clam"), "unknown slide-level model 'clam'"),
+        (("--encoder", "resnet-50"), "unknown encoder 'resnet-50': did you mean 'resnet50'?"),
+        (("--set", "mil.epoch=3"), "did you mean 'epochs'?"),
+        (("--set", "transfer.epochs=0"), "transfer.epochs must be at least 1"),
+    ],
+)
+def test_impossible_requests(folders, tmp_path, capsys, more, says) -> None:
+    table = "table5" if "transfer" in more[-1] else "table4"
+    line = arguments(
+        f"run {table}",
+        folders["data"],
+        tmp_path,
+        "--ipc",
+        "2",
+        "--seeds",
+        "1",
+        "--methods",
+        "full",
+        "--workers",
+        "1",
+        *more,
+    )
+    assert cli.main(line) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- shares of a gain, the paper's numbers, centres ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("none", "full", "own", "expected"),
+    [
+        ([0.5, 0.5], [0.9, 0.9], [0.82, 0.82], "80"),
+        ([0.5, 0.6], [0.9, 0.8], [0.5, 0.6], "0"),
+        ([0.5, 0.6], [0.6, 0.5], [0.9, 0.9], "undefined"),  # no gain
+        ([0.5, 0.6], [0.7, 0.61], [0.9, 0.9], "333"),  # gains 0.2 and 0.01: mean 0.105, standard error 0.095
+        ([0.5, 0.6], [0.7, 0.59], [0.9, 0.9], "undefined"),  # gains 0.2 and -0.01: mean 0.095, standard error 0.105
+        ([0.5], [0.9], [0.9], "undefined"),  # one seed: the standard error is unknown
+        ([], [], [], None),
+    ],
+)
+def test_share_of_the_gain(none, full, own, expected) -> None:
+    assert share(none, full, own) == expected
+
+
+def test_the_papers_numbers() -> None:
+    table4, table5 = TABLES["table4"], TABLES["table5"]
+    assert len(table4.paper_accuracy) == 4 * 4 * 3 and len(table5.paper_accuracy) == 2 * 4 * 2
+    cell = table4.paper_accuracy["camelyon16", 50, "dsmil"]
+    assert (cell.mean, cell.sd) == ("87.5", "0.6")
+    assert table4.paper_seconds["tcga-idh", 10, "transmil"] == "22.0 (x1.07)"
+    assert table4.paper_storage["unitopatho-pt", None, "clam-sb"] == "34.60 GB"
+    cell = table5.paper_accuracy["C2", 20, "slide"]
+    assert (cell.mean, cell.sd) == ("96.8", "0.6")
+    assert table5.paper_seconds["C1", None, "patch"] == "1640" and table5.paper_epochs["C1", None, "slide"] == "10"
+    assert table5.paper_storage["C1", 10, "patch"] == "1e-3 GB"
+
+
+def dataset(centres: list[int] | None, names: tuple[str, ...] = ("A", "B"), labels: list[int] | None = None) -> Dataset:
+    n = 8
+    images = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    wanted = torch.tensor(labels or [0, 1] * 4)
+    c = None if centres is None else torch.tensor(centres)
+    some = PatchSet(images, wanted, torch.arange(n) // 2, tuple("wxyz"), ("n", "t"), c, names if centres else ())
+    return Dataset("some", some, some, False)
+
+
+def test_a_centre_is_a_data_set_of_its_own(tmp_path) -> None:
+    whole = dataset([0, 0, 1, 1, 0, 0, 1, 1])
+    assert centres_of(whole) == ("A", "B")
+    part = centre_part(whole, "B", cache=tmp_path, progress=Progress.silent())
+    rows = [2, 3, 6, 7]
+    assert torch.equal(part.train.images, whole.train.images[rows]) and torch.equal(
+        part.test.labels, whole.test.labels[rows]
+    )
+    assert [part.train.group_names[g] for g in part.train.groups] == ["x", "x", "z", "z"]
+    assert part.train.centre_names == ("B",) and "only the slides of B" in part.notes
+
+
+def test_transfers_that_cannot_be(tmp_path) -> None:
+    with pytest.raises(HistoddError, match="does not say which centre"):
+        centres_of(dataset(None))
+    with pytest.raises(HistoddError, match="has 1 centres with training and test patches"):
+        centres_of(dataset([0] * 8))
+    lacking = dataset([0, 0, 0, 0, 1, 1, 1, 1], labels=[0, 1, 0, 1, 0, 0, 0, 0])
+    with pytest.raises(HistoddError, match="B has no training patches of class 't'"):
+        centre_part(lacking, "B", cache=tmp_path, progress=Progress.silent())
