@@ -301,29 +301,22 @@ class Experiment:
                 on_epoch=on_epoch,
                 checkpoint=self.request.out / WORK / f"evaluation-{key[:32]}.pt",
             )
-        return {
-            "key": key,
-            "dataset": self.request.dataset,
-            "method": cell.method,
-            "ipc": cell.ipc,
-            "arch": cell.arch,
-            "distill_seed": cell.distill_seed,
-            "eval_seed": cell.eval_seed,
-            "config": config,
-            "metrics": dict(score.metrics),
-            "storage": self.storage(made),
-            "seconds": {**made.seconds, **score.seconds},
-            "memory": {"making": made.peak_bytes, "training": score.peak_bytes},
-            "stain": self.stain.describe(),
-            "set": made.name,
-            "data": self.data_facts,
-            "environment": self.environment,
-            "predictions": {
-                "probabilities": results.pack(score.probabilities.numpy().astype(np.float16)),
-                "labels": results.pack(self.dataset.test.labels.numpy().astype(np.int16)),
-                "groups": results.pack(self.dataset.test.groups.numpy().astype(np.int32)),
-            },
-        }
+        return results.make_record(
+            cell,
+            self.request.dataset,
+            config,
+            metrics=dict(score.metrics),
+            storage=self.storage(made),
+            seconds={**made.seconds, **score.seconds},
+            memory={"making": made.peak_bytes, "training": score.peak_bytes},
+            stain=self.stain.describe(),
+            set=made.name,
+            data=self.data_facts,
+            environment=self.environment,
+            probabilities=score.probabilities.numpy().astype(np.float16),
+            labels=self.dataset.test.labels.numpy(),
+            groups=self.dataset.test.groups.numpy(),
+        )
 
     def storage(self, made: Made) -> dict[str, object]:
         """What a set weighs; measured once per set."""

@@ -7,7 +7,7 @@ import statistics
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -76,6 +76,58 @@ def file_name(record: Record) -> str:
 def key_of(config: Mapping[str, Any]) -> str:
     """A record's key: SHA-256 of its format and full configuration."""
     return digest({"format": FORMAT, "config": config})
+
+
+class Place(Protocol):
+    """Where a record stands in its table."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def ipc(self) -> int | None: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def distill_seed(self) -> int | None: ...
+    @property
+    def eval_seed(self) -> int: ...
+
+
+def make_record(
+    place: Place,
+    dataset: str,
+    config: Mapping[str, Any],
+    *,
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    **rest: Any,
+) -> Record:
+    """A record as :func:`write_record` takes it.
+
+    Args:
+        config: everything the result depends on; its hash is the key.
+        probabilities: ``[N,C]``, of every test patch or slide; kept in their own precision.
+        labels: ``[N]``.
+        groups: ``[N]``, the slides or patients that the bootstrap draws.
+        rest: ``metrics``, ``storage``, ``seconds``, ``stain``, ``set``, ``data``, ``environment`` and, where known, ``memory``.
+    """
+    return {
+        "key": key_of(config),
+        "dataset": dataset,
+        "method": place.method,
+        "ipc": place.ipc,
+        "arch": place.arch,
+        "distill_seed": place.distill_seed,
+        "eval_seed": place.eval_seed,
+        "config": config,
+        **rest,
+        "predictions": {
+            "probabilities": pack(probabilities),
+            "labels": pack(labels.astype(np.int16)),
+            "groups": pack(groups.astype(np.int32)),
+        },
+    }
 
 
 def write_record(out: Path, record: Record) -> Path:

@@ -17,6 +17,7 @@ FIELDS = [
     "eval.epochs=2",
     "histodd.outer_steps=3",
     "histodd.inner_steps=2",
+    "histodd.start_patches=10",
     *[f"{m}.{f}" for m in ("herding", "forgetting") for f in ("arch=convnet-d3", "width=8", "epochs=1")],
 ]
 SETTINGS = [part for field in FIELDS for part in ("--set", field)]

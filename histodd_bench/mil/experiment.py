@@ -189,29 +189,23 @@ class SlideExperiment:
     ) -> results.Record:
         """Score a trained model on the test slides and describe it."""
         probabilities, metrics = score_mil(training, self.test, self.experiment.device)
-        return {
-            "key": results.key_of(config),
-            "dataset": self.request.dataset,
-            "method": cell.method,
-            "ipc": cell.ipc,
-            "arch": cell.arch,
-            "distill_seed": cell.distill_seed,
-            "eval_seed": cell.eval_seed,
-            "config": config,
-            "metrics": metrics,
-            "storage": weight,
-            "seconds": seconds,
-            "stain": self.experiment.stain.describe(),
-            "set": None,
-            "data": {**self.experiment.data_facts, **self.slide_facts},
-            "environment": self.experiment.environment,
-            "predictions": {
-                "probabilities": results.pack(probabilities.numpy().astype(np.float32)),
-                "labels": results.pack(self.test.labels.numpy().astype(np.int16)),
-                "groups": results.pack(np.arange(len(self.test), dtype=np.int32)),
-                "slides": list(self.test.names),
-            },
-        }
+        record = results.make_record(
+            cell,
+            self.request.dataset,
+            config,
+            metrics=metrics,
+            storage=weight,
+            seconds=seconds,
+            stain=self.experiment.stain.describe(),
+            set=None,
+            data={**self.experiment.data_facts, **self.slide_facts},
+            environment=self.experiment.environment,
+            probabilities=probabilities.numpy().astype(np.float32),
+            labels=self.test.labels.numpy(),
+            groups=np.arange(len(self.test)),
+        )
+        record["predictions"]["slides"] = list(self.test.names)
+        return record
 
     @cached_property
     def slide_facts(self) -> dict[str, Any]:

@@ -198,29 +198,22 @@ class Transfer:
         experiment = self.experiment(cell.target)
         groups = experiment.dataset.test.groups.numpy() if cell.level == PATCH else np.arange(len(labels))
         weight, seconds = self._weight(cell)
-        return {
-            "key": key,
-            "dataset": self.request.dataset,
-            "method": cell.method,
-            "ipc": cell.ipc,
-            "arch": cell.arch,
-            "distill_seed": cell.distill_seed,
-            "eval_seed": cell.eval_seed,
-            "config": config,
-            "metrics": metrics,
-            "storage": weight,
-            "seconds": seconds,
-            "stain": experiment.stain.describe(),
-            "set": None,
-            "data": {**experiment.data_facts, **self.slides(cell.target, cell.target).slide_facts,
-                     "source_patches": len(self.experiment(cell.source).dataset.train)},
-            "environment": experiment.environment,
-            "predictions": {
-                "probabilities": results.pack(probabilities.numpy().astype(np.float32)),
-                "labels": results.pack(labels.numpy().astype(np.int16)),
-                "groups": results.pack(groups.astype(np.int32)),
-            },
-        }  # fmt: skip
+        return results.make_record(
+            cell,
+            self.request.dataset,
+            config,
+            metrics=metrics,
+            storage=weight,
+            seconds=seconds,
+            stain=experiment.stain.describe(),
+            set=None,
+            data={**experiment.data_facts, **self.slides(cell.target, cell.target).slide_facts,
+                  "source_patches": len(self.experiment(cell.source).dataset.train)},
+            environment=experiment.environment,
+            probabilities=probabilities.numpy().astype(np.float32),
+            labels=labels.numpy(),
+            groups=groups,
+        )  # fmt: skip
 
     def _fine_tune_slides(self, cell: TransferCell, trained: Trained) -> tuple[Any, Any, dict[str, float]]:
         own = self.slides(cell.target, cell.target)
