@@ -87,8 +87,8 @@ class Definition:
     def to_uint8(self, images: Tensor) -> Tensor:
         """Float images in [0, 1] as the package would return them: uint8 by its rounding rule."""
         levels = images.detach().double() * 255
-        # 1e-6: what went through float32 as a whole grey level stays that level.
-        return (levels.round() if self.rounding == "nearest" else (levels + 1e-6).floor()).clamp(0, 255).to(torch.uint8)
+        # 5e-4: what went through float32 as a whole grey level (glass, above all) stays that level.
+        return (levels.round() if self.rounding == "nearest" else (levels + 5e-4).floor()).clamp(0, 255).to(torch.uint8)
 
 
 # torchstain leaves the signs of the eigenvectors to chance; where they matter, "mean" is what it means. Guards against

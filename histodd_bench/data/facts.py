@@ -70,6 +70,8 @@ FACTS = {
         "Kaggle, 'breast histopathology images' (registration); unpack it so that DIR/<patient>/<0 or 1>/*.png is there",
     ),
     "demo": Facts("The demo: computer-drawn H&E slides, no real tissue", (), "made on first use, nothing to get"),
+    "demo-uniform": Facts("The demo with every slide stained alike, no real tissue", (), "made on first use, nothing to get"),
+    "demo-varied": Facts("The demo with stains that vary twice as much, no real tissue", (), "made on first use, nothing to get"),
     "imagefolder": Facts("Your own patches: train/<class>/* and test/<class>/*", (), "your own files"),
     "slides": Facts("Your own slides: a folder with slides.csv", (), "your own files"),
 }
