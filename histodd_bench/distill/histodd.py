@@ -169,7 +169,7 @@ class _Run:
         """Choose the patches to start from and save them."""
         method, train, device = self.method, self.train, self.device
         if method.initial == "matched":
-            every = [augmented(self.pool.load(i), method.alpha, self.generator) for i in range(len(self.pool))]
+            every = [augment_model(self.pool.load(i), method.alpha, self.generator) for i in range(len(self.pool))]
             every += [self.pool.new(draw_seed(self.generator)) for _ in range(len(self.pool))]
             chosen = matched_start(
                 train,
@@ -181,6 +181,7 @@ class _Run:
                 match=method.match,
                 distance=method.distance,
                 device=device,
+                progress=self.pool.progress,
             )
         else:
             chosen = stratified_draw(train, self.budgets, self.generator)
@@ -197,7 +198,7 @@ class _Run:
         if self.method.networks == "random":
             return self.pool.new(draw_seed(self.generator))
         network = self.pool.load(int(torch.randint(len(self.pool), (1,), generator=self.generator)))
-        return augmented(network, self.method.alpha, self.generator)
+        return augment_model(network, self.method.alpha, self.generator)
 
     def matching_loss(self, network: nn.Module, label: int) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 1 for one class: the distance, its gradient with respect to the synthetic patches used, and their rows."""
@@ -309,12 +310,6 @@ class _Run:
         n = len(self.labels)
         names = tuple(f"synthetic-{i}" for i in range(n))
         return PatchSet(self.images.cpu(), self.labels.cpu(), torch.arange(n), names, self.train.classes)
-
-
-def augmented(network: nn.Module, alpha: float, generator: Generator) -> nn.Module:
-    """The network after model augmentation (in place)."""
-    augment_model(network, alpha, generator)
-    return network
 
 
 def draw_seed(generator: Generator) -> int:

@@ -5,8 +5,9 @@ from torch import Generator, Tensor, nn
 
 
 @torch.no_grad()
-def augment_model(network: nn.Module, alpha: float, generator: Generator) -> None:
-    """Model augmentation (eq. 2 and 3): add ``alpha`` times filter-normalised Gaussian noise to a network, in place.
+def augment_model(network: nn.Module, alpha: float, generator: Generator) -> nn.Module:
+    """Model augmentation (eq. 2 and 3): add ``alpha`` times filter-normalised Gaussian noise to a network, in place, and
+    return it.
 
     Every filter (row of a convolution or linear weight) moves by exactly ``alpha`` times its own Frobenius norm. Norms
     and biases are not perturbed.
@@ -16,6 +17,7 @@ def augment_model(network: nn.Module, alpha: float, generator: Generator) -> Non
         rows, flat = direction.flatten(1), weight.flatten(1)
         rows = rows * (flat.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-20))[:, None]
         weight.add_(rows.view_as(weight), alpha=alpha)
+    return network
 
 
 def matched_parameters(network: nn.Module, match: str) -> list[Tensor]:
