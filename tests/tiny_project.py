@@ -51,9 +51,10 @@ def command(data: Path, out: Path, *more: str, ipc: str = "2", seeds: str = "2")
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """For subprocesses: this checkout, this cache, one thread."""
+    """For subprocesses: this checkout, this cache, one thread; no bytecode, which a limit on file sizes would cut short."""
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": path, "HISTODD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": path, "HISTODD_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **own}
 
 
 def program(*arguments: str, cache: Path, **options: object) -> "subprocess.CompletedProcess[str]":
