@@ -80,6 +80,7 @@ class SlidePool:
 
     def __init__(self, pool: ModelPool) -> None:
         self.preprocessing = pool.preprocessing
+        self.progress = Progress.silent()  # a slide's start is not worth a bar of its own
         self._pool = pool
         self._networks = [pool.load(i) for i in range(len(pool))]
         self._slide: PatchSet | None = None
