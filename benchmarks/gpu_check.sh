@@ -6,8 +6,8 @@
 # FOLDER (default: $OUT, then gpu_check/) takes at most eight files:
 #   summary.json    every phase: ok, failed, out of time or skipped, and its seconds
 #   log.txt         what the phases printed         tests.xml  the tests one by one
-#   sanitizer.txt   memcheck and racecheck          profile.json, step.json   records of `profile`
-#   distill.json    card of the distilled set
+#   sanitizer.txt   memcheck and racecheck          distill.json    card of the distilled set
+#   profile.json, step.json, compile.json           records of `profile`, the last one with torch.compile, if time is left
 # A phase that fails is recorded and the next one starts. --cpu runs what needs no GPU, to try the script itself.
 #
 # Expected on the machine: Python 3.11 or 3.12, torch 2.11 or later with CUDA, torchvision, nvcc, ninja, pytest, pandas,
@@ -17,8 +17,9 @@
 #     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 #     "setuptools>=77" wheel hypothesis sortedcontainers safetensors defusedxml openslide-python openslide-bin \
 #     tifffile imagecodecs scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
-# (leave out what the machine has; other manylinux tags may be needed). LIMIT=540 is the limit of the whole in seconds;
-# PATIENCE=3 multiplies the limit of every phase, for slow machines.
+# (leave out what the machine has; other manylinux tags may be needed). Packages that must be compiled there, such as
+# stainx, are taken as source archives (.tar.gz) from the same folder. LIMIT=540 is the limit of the whole in seconds;
+# PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these.
 set -u -o pipefail
 
 CPU=
@@ -34,7 +35,7 @@ LOG=$RESULTS/log.txt
 PHASES=$WORK/phases.tsv
 DEADLINE=$((SECONDS + ${LIMIT:-540}))
 DEVICE=cuda; [ -n "$CPU" ] && DEVICE=cpu
-: > "$LOG"; : > "$PHASES"; rm -f "$RESULTS"/{summary,profile,step,distill}.json "$RESULTS"/{tests.xml,sanitizer.txt}
+: > "$LOG"; : > "$PHASES"; rm -f "$RESULTS"/{summary,profile,step,compile,distill}.json "$RESULTS"/{tests.xml,sanitizer.txt}
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HISTODD_CACHE=$WORK/cache
 export PYTHONPATH=$WORK/wheels:$WORK/site
@@ -44,6 +45,7 @@ record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$PHASES"; printf '%
 # phase NAME SECONDS COMMAND...: run it for at most so long, and never beyond the deadline of the whole.
 phase() {
   local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS left=$((DEADLINE - SECONDS)) code state last; shift 2
+  if [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]]; then record "$name" skipped 0 "not asked for"; return; fi
   if [ "$left" -lt 5 ]; then record "$name" skipped 0 "no time left"; return; fi
   [ "$limit" -gt "$left" ] && limit=$left
   printf '\n==== %s: %s\n' "$name" "$*" >> "$LOG"
@@ -80,7 +82,14 @@ build() {
   else
     export HISTODD_CUDA=0
   fi
+  shopt -s nullglob
+  local archives=("$WHEELS"/*.tar.gz) peers=
+  if [ ${#archives[@]} -gt 0 ] && [ -z "$CPU" ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$WORK/wheels" "${archives[@]}" \
+      > "$WORK/peers.log" 2>&1 & peers=$!
+  fi
   HISTODD_EXTENSION=1 "$PYTHON" -m pip install -v --no-index --no-deps --no-build-isolation --no-compile --target "$WORK/site" "$WORK/source" || return
+  if [ -n "$peers" ]; then wait "$peers" || { echo "source archives could not be built:"; tail -n 20 "$WORK/peers.log"; }; fi
   cp -r "$REPOSITORY"/{tests,benchmarks,pyproject.toml} "$WORK/run/"
   "$PYTHON" -c 'from histodd_bench.ops._extension import build_info; print(build_info())'
 }
@@ -92,6 +101,14 @@ sanitizer() {  # memcheck or racecheck
   [ -n "$program" ] || { echo "compute-sanitizer is not installed"; return 1; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --print-limit 50 \
     "$PYTHON" benchmarks/sanitizer_case.py 2>&1 | tee -a "$RESULTS/sanitizer.txt" | tail -n 60
+}
+
+profile() {  # FILE SHAPES BACKENDS: every operator, by these backends and the packages that are installed
+  local packages
+  packages=$("$PYTHON" -c 'from histodd_bench.profile.peers import PACKAGES
+print("".join(f",{name}" for name, p in PACKAGES.items() if p.installed and "cuda" in p.devices))') || return
+  "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes "$2" --seconds 0.3 \
+    --backends "$3$packages" --device cuda --out "$RESULTS/$1.json"
 }
 
 distill() {
@@ -113,15 +130,16 @@ PATCHES
 }
 
 mkdir -p "$WORK/run" && cd "$WORK/run" || exit 2
-export -f wheels machine build sanitizer distill
+export -f wheels machine build sanitizer profile distill
 export CPU REPOSITORY RESULTS WHEELS PYTHON WORK DEVICE
 phase wheels 60 bash -c wheels
 phase machine 30 bash -c machine
 if ! phase build 200 bash -c build; then
   for name in tests memcheck racecheck profile step distill; do skip $name "the build failed"; done
 else
-  selected=(-m cuda); [ -n "$CPU" ] && selected=(-k "not lesser_instruction_sets and not any_input")
-  phase tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider --junit-xml "$RESULTS/tests.xml" "${selected[@]}" tests/test_ops_*.py
+  selected=(-m cuda tests/test_ops_*.py tests/test_profile.py)
+  [ -n "$CPU" ] && selected=(-k "not lesser_instruction_sets and not any_input" tests/test_ops_*.py)
+  phase tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider --junit-xml "$RESULTS/tests.xml" "${selected[@]}"
   if [ -n "$CPU" ]; then
     skip memcheck "needs a GPU"; skip racecheck "needs a GPU"
     phase kernels 60 "$PYTHON" benchmarks/sanitizer_case.py --cpu
@@ -131,12 +149,11 @@ else
   else
     phase memcheck 60 bash -c "sanitizer memcheck"
     phase racecheck 60 bash -c "sanitizer racecheck"
-    phase profile 110 "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes 64x64,16x256,256x256 \
-      --seconds 0.3 --backends "compiled,compiled (deterministic),reference,torch.compile,plain,loop,torch.compile of loop" \
-      --device cuda --out "$RESULTS/profile.json"
+    phase profile 120 bash -c 'profile profile 64x64,16x256,256x256 "compiled,compiled (deterministic),reference,plain,loop"'
     phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
   fi
   phase distill 60 bash -c distill
+  [ -n "$CPU" ] || phase compile 120 bash -c 'profile compile 256x256 "compiled,torch.compile,torch.compile of loop"'
 fi
 
 echo

@@ -9,10 +9,11 @@ import torch
 
 from histodd_bench import cli
 from histodd_bench.profile import measure, report
+from histodd_bench.profile.measure import device_clock, wall_clock
 from histodd_bench.profile.patches import from_folder, procedural
 from histodd_bench.profile.peers import PACKAGES
 from histodd_bench.profile.problems import COMPILED, OPERATORS, Backend, problems
-from histodd_bench.profile.run import difference, measure_problem, timed
+from histodd_bench.profile.run import difference, measure_problem, steps_of
 
 CPU = torch.device("cpu")
 QUICK_BACKENDS = (COMPILED, "reference", "plain", "loop")  # torch.compile takes minutes
@@ -141,9 +142,25 @@ def test_a_wrong_gradient_is_noticed() -> None:
 
 
 def test_forward_and_backward_are_timed_apart() -> None:
-    problem = some("gradient_distance")[1]
-    assert len(timed(problem, problem.backends[1], CPU)()) == 2
-    assert len(timed(some("macenko_fit")[0], some("macenko_fit")[0].backends[1], CPU)()) == 1
+    problem, fit = some("gradient_distance")[1], some("macenko_fit")[0]
+    assert len(wall_clock(steps_of(problem, problem.backends[1]), CPU)()) == 2
+    assert len(wall_clock(steps_of(fit, fit.backends[1]), CPU)()) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_clock_leaves_out_what_the_host_does_meanwhile() -> None:
+    device = torch.device("cuda")
+    x = torch.ones(2**20, device=device)
+
+    def steps(mark) -> None:
+        mark()
+        x.add_(1)
+        sum(range(100_000))  # about a millisecond
+        mark()
+
+    slow, fast = wall_clock(steps, device), device_clock(steps, device)
+    assert min(fast()[0] for _ in range(5)) < 0.5 * min(slow()[0] for _ in range(5))
 
 
 def times(median: float) -> dict[str, float]:
@@ -181,6 +198,22 @@ def test_report_names_the_best_peer_and_the_share_of_the_copy() -> None:
     assert notes == ["forward: 2.50 x as fast as the fastest other backend here (peer)"]
     text = report.markdown(RECORD)
     assert "| peer | 2.50 (2.25-3.00) |" in text and text.count("\n|") == 7
+
+
+def test_report_of_a_gpu_has_the_devices_own_times_and_both_shares() -> None:
+    row = {
+        "operator": "o",
+        "problem": "p",
+        "backend": "compiled",
+        "forward": times(1e-3) | {"device": times(5e-4), "bandwidth": 4.5e9},
+        "backward": times(2e-3) | {"device": times(1e-3), "bandwidth": 3e9},
+        "both": times(3e-3) | {"device": times(1.5e-3), "bandwidth": 4e9},
+        "peak_bytes": 2**20,
+    }
+    failed = {"operator": "o", "problem": "p", "backend": "other", "failed": "no"}
+    ((_, header, lines, _),) = report.tables(RECORD | {"measurements": [failed, row]}, short=True)
+    assert header == report.GPU_HEADER and all(len(line) == len(header) for line in lines)
+    assert lines[1] == ["compiled", "1.00", "2.00", "3.00", "0.500", "1.00", "75 %", "50 %", "1.0 MiB", "1.00 x"]
 
 
 def test_command_writes_a_record_and_a_trace_and_shows_it_again(tmp_path: Path, capsys) -> None:

@@ -1,9 +1,10 @@
-"""The clock: medians and spread of repeated calls, the memory they take, and what a plain copy reaches here."""
+"""The clocks: medians and spread of repeated calls, the memory they take, and what a plain copy reaches here."""
 
 import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,57 @@ def spread(seconds: Sequence[float]) -> dict[str, float | int]:
     return {"median": middle, "p20": low, "p80": high, "calls": len(values)}
 
 
-# One call, timed: the seconds of each of its parts, e.g. forward and backward.
+# Work in parts, e.g. forward and backward: calls what it is given before the first part and after every one.
+Steps = Callable[[Callable[[], None]], object]
+# One call, timed: the seconds of each of its parts.
 Timed = Callable[[], list[float]]
+
+_CYCLES = 2e9  # per second, at least: more than any GPU's clock
+_LONGEST_SLEEP = 0.05  # seconds
+
+
+def wall_clock(steps: Steps, device: torch.device) -> Timed:
+    """Seconds as a user would wait for them: a CUDA device is waited for before and after every part."""
+
+    def run() -> list[float]:
+        marks: list[float] = []
+
+        def mark() -> None:
+            synchronise(device)
+            marks.append(time.perf_counter())
+
+        steps(mark)
+        return [b - a for a, b in pairwise(marks)]
+
+    return run
+
+
+def device_clock(steps: Steps, device: torch.device) -> Timed:
+    """Seconds on a CUDA device's own clock, without what it takes to launch: the device sleeps until all is launched.
+
+    Work that waits for the device in between, or takes more than 25 ms to launch, is timed with the gaps this leaves.
+    """
+    steps(lambda: None)
+    synchronise(device)
+    start = time.perf_counter()
+    steps(lambda: None)
+    launching = time.perf_counter() - start
+    cycles = int(_CYCLES * min(2 * launching + 1e-4, _LONGEST_SLEEP))
+
+    def run() -> list[float]:
+        events: list[torch.cuda.Event] = []
+
+        def mark() -> None:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        synchronise(device)
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+        steps(mark)
+        synchronise(device)
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+
+    return run
 
 
 def take_turns(runs: dict[str, Timed], seconds: float) -> dict[str, list[list[float]]]:
@@ -50,14 +100,13 @@ def copy_bandwidth(device: torch.device, seconds: float = 0.5, megabytes: int = 
     source = torch.zeros(megabytes * 2**18, device=device)
     target = torch.ones_like(source)
 
-    def run() -> list[float]:
-        synchronise(device)
-        start = time.perf_counter()
+    def steps(mark: Callable[[], None]) -> None:
+        mark()
         target.copy_(source)
-        synchronise(device)
-        return [time.perf_counter() - start]
+        mark()
 
-    times = take_turns({"copy": run}, seconds)["copy"][0]
+    clock = device_clock if device.type == "cuda" else wall_clock
+    times = take_turns({"copy": clock(steps, device)}, seconds)["copy"][0]
     return 2 * source.numel() * 4 / float(spread(times)["median"])
 
 

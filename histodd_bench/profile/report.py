@@ -6,6 +6,10 @@ from typing import Any
 from histodd_bench.profile.problems import COMPILED
 
 HEADER = ("backend", "forward", "backward", "both", "GB/s", "of copy", "memory", "beside compiled")
+GPU_HEADER = (
+    "backend", "forward", "backward", "both", "forward on device", "backward on device", "forward of copy",
+    "backward of copy", "memory", "beside compiled",
+)  # fmt: skip
 _STEP_HEADER = ("part", "compiled", "reference", "reference / compiled")
 
 
@@ -52,17 +56,23 @@ def milliseconds(times: dict[str, Any], short: bool = False) -> str:
 
 
 def cells(row: dict[str, Any], compiled: dict[str, Any], copy: float, short: bool = False) -> list[str]:
-    """One line of a table, columns as in :data:`HEADER`."""
+    """One line of a table, columns as in :data:`HEADER`, or :data:`GPU_HEADER` where the device's own clock was read."""
+    on_device = "device" in compiled.get("forward", row.get("forward", {}))
     if "failed" in row:
-        return [row["backend"], row["failed"], "", "", "", "", "", ""]
+        return [row["backend"], row["failed"], *[""] * (len(GPU_HEADER if on_device else HEADER) - 2)]
     whole = "both" if "both" in row else "forward"
-    speed = row[whole]["bandwidth"]
     peak, mine = row.get("peak_bytes"), seconds_of(compiled, whole)
+    parts = ("forward", "backward")
+    speed = row[whole]["bandwidth"]
+    if on_device:
+        rates = [milliseconds(row[part]["device"], short) if part in row else "" for part in parts]
+        rates += [f"{100 * row[part]['bandwidth'] / copy:.0f} %" if part in row else "" for part in parts]
+    else:
+        rates = [f"{speed / 1e9:.1f}", f"{100 * speed / copy:.0f} %"]
     return [
         row["backend"],
-        *(milliseconds(row[part], short) if part in row else "" for part in ("forward", "backward", "both")),
-        f"{speed / 1e9:.1f}",
-        f"{100 * speed / copy:.0f} %",
+        *(milliseconds(row[part], short) if part in row else "" for part in (*parts, "both")),
+        *rates,
         "" if peak is None else f"{peak / 2**20:.1f} MiB",
         f"{row[whole]['median'] / mine:.2f} x" if mine else "",
     ]
@@ -75,7 +85,8 @@ def tables(
     for (operator, problem), rows in groups(record).items():
         compiled = next((row for row in rows if row["backend"] == COMPILED), {})
         lines = [cells(row, compiled, record["copy_bandwidth"], short) for row in rows]
-        yield f"{operator}: {problem}", HEADER, lines, verdict(rows)
+        on_device = any("device" in row.get("forward", {}) for row in rows)
+        yield f"{operator}: {problem}", GPU_HEADER if on_device else HEADER, lines, verdict(rows)
     if "step" in record:
         yield step_table(record["step"], short)
 

@@ -1,6 +1,5 @@
 """Checks every backend of every problem, times them side by side, and makes one record of it."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,15 @@ from typing import Any
 import torch
 
 from histodd_bench.environment import describe
-from histodd_bench.profile.measure import Timed, copy_bandwidth, peak_memory, spread, synchronise, take_turns
+from histodd_bench.profile.measure import (
+    Steps,
+    copy_bandwidth,
+    device_clock,
+    peak_memory,
+    spread,
+    take_turns,
+    wall_clock,
+)
 from histodd_bench.profile.problems import Backend, Problem, problems
 
 FORMAT = 1  # of the record
@@ -73,7 +80,7 @@ def measure_problem(
 ) -> list[dict[str, Any]]:
     """One entry per backend; what fails, or computes something else, is reported and not timed."""
     rows: list[dict[str, Any]] = []
-    good: dict[str, Timed] = {}
+    good: dict[str, Steps] = {}
     for backend in problem.backends:
         if chosen and backend.name not in chosen:
             continue
@@ -90,24 +97,39 @@ def measure_problem(
             row["failed"] = f"computes something else: differs by {row['difference']:.2g} {backend.unit}"
             log(f"  {backend.name}: {row['failed']}")
             continue
-        good[backend.name] = timed(problem, backend, device)
-        row["peak_bytes"] = peak_memory(good[backend.name], device)
-    samples = take_turns(good, seconds)
+        good[backend.name] = steps_of(problem, backend)
+        row["peak_bytes"] = peak_memory(wall_clock(good[backend.name], device), device)
+    samples = take_turns({name: wall_clock(steps, device) for name, steps in good.items()}, seconds)
+    on_device: dict[str, list[list[float]]] = {}
+    if device.type == "cuda":
+        on_device = take_turns({name: device_clock(steps, device) for name, steps in good.items()}, seconds)
     for row in rows:
         if row["backend"] in samples:
-            _fill(row, problem, samples[row["backend"]])
+            _fill(row, problem, samples[row["backend"]], on_device.get(row["backend"]))
     return rows
 
 
-def _fill(row: dict[str, Any], problem: Problem, parts: list[list[float]]) -> None:
+def _fill(
+    row: dict[str, Any], problem: Problem, parts: list[list[float]], on_device: list[list[float]] | None
+) -> None:
+    """Adds ``forward``, and ``backward`` and ``both``; bandwidth is by the device's own clock where it has one."""
     sizes = {"forward": problem.forward_bytes}
-    times = {"forward": parts[0]}
     if len(parts) == 2:
         sizes |= {"backward": problem.backward_bytes, "both": problem.forward_bytes + problem.backward_bytes}
-        times |= {"backward": parts[1], "both": [a + b for a, b in zip(*parts, strict=True)]}
-    for name, values in times.items():
+    device_times = _named(on_device) if on_device else {}
+    for name, values in _named(parts).items():
         row[name] = spread(values) | {"bytes": sizes[name]}
-        row[name]["bandwidth"] = sizes[name] / row[name]["median"]
+        seconds = row[name]["median"]
+        if name in device_times:
+            row[name]["device"] = spread(device_times[name])
+            seconds = row[name]["device"]["median"]
+        row[name]["bandwidth"] = sizes[name] / seconds
+
+
+def _named(parts: list[list[float]]) -> dict[str, list[float]]:
+    if len(parts) == 1:
+        return {"forward": parts[0]}
+    return {"forward": parts[0], "backward": parts[1], "both": [a + b for a, b in zip(*parts, strict=True)]}
 
 
 def run_once(problem: Problem, backend: Backend) -> tuple[Any, tuple[torch.Tensor, ...]]:
@@ -119,26 +141,22 @@ def run_once(problem: Problem, backend: Backend) -> tuple[Any, tuple[torch.Tenso
     return out, torch.autograd.grad(out, problem.leaves, problem.upstream)
 
 
-def timed(problem: Problem, backend: Backend, device: torch.device) -> Timed:
-    """A call that gives the seconds of the forward pass and, where there are leaves, of the backward pass."""
+def steps_of(problem: Problem, backend: Backend) -> Steps:
+    """The forward pass and, where there are leaves, the backward pass."""
 
-    def forward() -> list[float]:
+    def forward(mark: Callable[[], None]) -> None:
         with torch.no_grad():
-            synchronise(device)
-            start = time.perf_counter()
-            backend.function(*problem.inputs)
-            synchronise(device)
-            return [time.perf_counter() - start]
+            mark()
+            out = backend.function(*problem.inputs)
+            mark()
+        del out
 
-    def both() -> list[float]:
-        synchronise(device)
-        start = time.perf_counter()
+    def both(mark: Callable[[], None]) -> None:
+        mark()
         out = backend.function(*problem.inputs)
-        synchronise(device)
-        middle = time.perf_counter()
+        mark()
         torch.autograd.grad(out, problem.leaves, problem.upstream)
-        synchronise(device)
-        return [middle - start, time.perf_counter() - middle]
+        mark()
 
     return both if problem.leaves else forward
 
@@ -169,7 +187,10 @@ def trace(request: Request, path: Path, log: Callable[[str], None]) -> None:
         for backend in problem.backends:
             if not request.backends or backend.name in request.backends:
                 calls.append(
-                    (f"{problem.operator} {problem.title}: {backend.name}", timed(problem, backend, request.device))
+                    (
+                        f"{problem.operator} {problem.title}: {backend.name}",
+                        wall_clock(steps_of(problem, backend), request.device),
+                    )
                 )
     if "step" in request.operators:
         from histodd_bench.profile.step import step_calls
