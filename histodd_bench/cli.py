@@ -70,10 +70,10 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     if stain not in presets.STAIN:
         raise unknown_name("stain policy", stain, presets.STAIN)
     distill = presets.parse_arch(args.distill_arch or preset.distill_arch, preset.widths)
-    slides = SlideOptions()
+    slides = SlideOptions(workers=args.workers)
     if isinstance(table, SlideTable):
-        models = check_models(args.mil or table.models)
-        slides = SlideOptions(models, args.encoder, args.encoder_weights, args.engine, dict(args.engine_options))
+        slides = SlideOptions(check_models(args.mil or table.models), args.encoder, args.encoder_weights, args.engine,
+                              dict(args.engine_options), args.workers)  # fmt: skip
     return [
         Request(
             dataset=name,

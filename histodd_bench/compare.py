@@ -11,7 +11,7 @@ from typing import Any
 
 from histodd_bench import bootstrap, results
 from histodd_bench.errors import HistoddError
-from histodd_bench.layout import network
+from histodd_bench.grid import network
 from histodd_bench.results import Record, aggregate, finite, flat_config
 
 METRICS = {  # key in a record -> heading, scale; differences are in these units

@@ -151,9 +151,8 @@ class TaskSequence:
         """Compute one training."""
         seen = self.experiments[:stages]
         first, config = seen[0], self.config(cell, stages)
-        key = results.key_of(config)
         made = [e.make(cell.method, cell.ipc, cell.distill_seed, cell.changes) for e in seen]
-        with own_random(key):
+        with own_random(results.key_of(config)):
             scores = train_and_score(
                 [m.patches for m in made],
                 [e.dataset.test for e in seen],
@@ -169,39 +168,30 @@ class TaskSequence:
         spent = {n: sum(m.seconds.get(n, 0.0) for m in made) for n in ("method", "networks", "total")}
         storage = [e.storage(m) for e, m in zip(seen, made, strict=True)]
         summed = {n: sum(int(s[n]) for s in storage) for n in ("count", "raw_uint8_bytes", "disk_bytes")}  # type: ignore[call-overload]
-        return {
-            "key": key,
-            "dataset": self.name,
-            "method": cell.method,
-            "ipc": cell.ipc,
-            "arch": cell.arch,
-            "distill_seed": cell.distill_seed,
-            "eval_seed": cell.eval_seed,
-            "config": config,
-            "metrics": scores.metrics,
-            "storage": {**summed, "shape": storage[0]["shape"], "estimated": False},
-            "seconds": {**spent, **scores.seconds},
-            "memory": {"making": None, "training": scores.peak_bytes},
-            "stain": first.stain.describe(),
-            "set": None,
-            "data": {
+        names = ("train_patches", "test_patches", "train_groups", "test_groups")
+        return results.make_record(
+            cell,
+            self.name,
+            config,
+            metrics=scores.metrics,
+            storage={**summed, "shape": storage[0]["shape"], "estimated": False},
+            seconds={**spent, **scores.seconds},
+            memory={"making": None, "training": scores.peak_bytes},
+            stain=first.stain.describe(),
+            set=None,
+            data={
                 "classes": [f"{n}: {c}" for n, f in zip(self.names, facts, strict=True) for c in f["classes"]],
-                **{
-                    n: sum(f[n] for f in facts)
-                    for n in ("train_patches", "test_patches", "train_groups", "test_groups")
-                },
+                **{n: sum(f[n] for f in facts) for n in names},
                 "procedural": any(f["procedural"] for f in facts),
                 "notes": list(
                     dict.fromkeys(f"{n}: {t}" for n, f in zip(self.names, facts, strict=True) for t in f["notes"])
                 ),
             },
-            "environment": first.environment,
-            "predictions": {
-                "probabilities": results.pack(scores.probabilities.numpy().astype(np.float16)),
-                "labels": results.pack(scores.labels.numpy().astype(np.int16)),
-                "groups": results.pack(scores.groups.numpy().astype(np.int32)),
-            },
-        }
+            environment=first.environment,
+            probabilities=scores.probabilities.numpy().astype(np.float16),
+            labels=scores.labels.numpy(),
+            groups=scores.groups.numpy(),
+        )
 
 
 def run_sequence(sequence: TaskSequence) -> int:

@@ -18,7 +18,7 @@ from histodd_bench.data.parts import part_of, split_name
 from histodd_bench.environment import configure, own_random
 from histodd_bench.errors import HistoddError
 from histodd_bench.evaluate import evaluate, storage
-from histodd_bench.files import digest
+from histodd_bench.files import digest, plain
 from histodd_bench.memory import peak_memory
 from histodd_bench.methods import MethodEntry, method_entry
 from histodd_bench.models import ModelPool, PoolRecipe
@@ -181,10 +181,10 @@ class Experiment:
         made = {
             "method": name,
             "version": getattr(sys.modules[entry.cls.__module__], "VERSION", 1),
-            "fields": _json(dataclasses.asdict(self.method(name, ipc, changes))),
+            "fields": plain(dataclasses.asdict(self.method(name, ipc, changes))),
             "ipc": ipc,
             "seed": seed,
-            "pool": _json(dataclasses.asdict(self.pool_recipe_of(changes))) if entry.pooled else None,
+            "pool": plain(dataclasses.asdict(self.pool_recipe_of(changes))) if entry.pooled else None,
         }
         return {**self._shared(changes), "set": made}
 
@@ -197,7 +197,7 @@ class Experiment:
         config = self._shared(cell.changes)
         config["data"]["test"] = self.dataset.test.fingerprint()
         config["set"] = made
-        recipe = _json(dataclasses.asdict(self.recipe_of(cell.changes)))
+        recipe = plain(dataclasses.asdict(self.recipe_of(cell.changes)))
         config["eval"] = {"arch": cell.arch, "width": cell.width, "seed": cell.eval_seed, **recipe}
         return config
 
@@ -215,10 +215,9 @@ class Experiment:
             return Made(self.training_data(changes)[0], None, {})
         assert ipc is not None and seed is not None
         config = self.set_config(name, ipc, seed, changes)
-        key = digest(config)
-        title = f"{self.request.dataset}-{name}-ipc{ipc}-s{seed}-{key[:12]}"
-        folder, workdir = self.request.out / SETS / title, self.request.out / WORK / title
-        saved = self._saved(folder, key)
+        title, folder = self._folder(config)
+        workdir = self.request.out / WORK / title
+        saved = self._saved(folder, digest(config))
         if saved is None:
             saved = self._make(entry, config, changes, folder, workdir)
         shutil.rmtree(workdir, ignore_errors=True)
@@ -226,6 +225,17 @@ class Experiment:
         if not sheet.exists():
             contact_sheet(saved.patches, sheet, before=saved.initial if entry.synthetic else None)
         return Made(saved.patches, title, saved.seconds, saved.card.get("peak_memory_bytes"))
+
+    def finished(self, name: str, ipc: int, seed: int) -> bool:
+        """Whether the set of a method is saved already, whole and made from this configuration."""
+        config = self.set_config(name, ipc, seed)
+        return self._saved(self._folder(config)[1], digest(config)) is not None
+
+    def _folder(self, config: dict[str, Any]) -> tuple[str, Path]:
+        """Name and folder of a set."""
+        made = config["set"]
+        title = f"{self.request.dataset}-{made['method']}-ipc{made['ipc']}-s{made['seed']}-{digest(config)[:12]}"
+        return title, self.request.out / SETS / title
 
     def _saved(self, folder: Path, key: str) -> sets.SavedSet | None:
         if not folder.exists():
@@ -266,7 +276,7 @@ class Experiment:
             "key": key,
             "config": config,
             "stain": self.stain.describe(),
-            "preprocessing": _json(dataclasses.asdict(preprocessing)),
+            "preprocessing": plain(dataclasses.asdict(preprocessing)),
             "seconds": {"method": seconds[0], "networks": pool.spent.total, "total": seconds[0] + pool.spent.total},
             "peak_memory_bytes": peak[0],
         }
@@ -391,10 +401,3 @@ def _changed(built: Any, section: str, changes: Changes) -> Any:
 
 def _has(cls: type[Any], name: str) -> bool:
     return name in {f.name for f in dataclasses.fields(cls)}
-
-
-def _json(value: Any) -> Any:
-    """A value as JSON would give it back: tuples as lists."""
-    if isinstance(value, dict):
-        return {k: _json(v) for k, v in value.items()}
-    return [_json(v) for v in value] if isinstance(value, list | tuple) else value

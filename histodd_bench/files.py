@@ -76,6 +76,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def plain(value: Any) -> Any:
+    """A JSON value as reading it back gives it: tuples as lists, keys as text."""
+    return json.loads(json.dumps(value))
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()

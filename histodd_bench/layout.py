@@ -3,87 +3,19 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import pandas as pd
 
-from histodd_bench import bootstrap, paper, results
+from histodd_bench import bootstrap, results
+from histodd_bench.files import plain
+from histodd_bench.grid import Cell, Grid, Interval, Row, Value, network, shown, value
 from histodd_bench.methods import all_methods
 from histodd_bench.notes import notes
 from histodd_bench.results import Record
 from histodd_bench.tables import Metric, SlideTable, Table, Times
-
-
-@dataclass(frozen=True)
-class Value:
-    """One number of a table: mean, sd and n over seeds.
-
-    Attributes:
-        metric: how it is printed.
-        best: the best of those it competes with.
-        times: how many times smaller than the whole training set's; None where that says nothing.
-        printed: the paper's text, where the number is the paper's.
-    """
-
-    mean: float
-    sd: float
-    n: int
-    metric: Metric
-    best: bool = False
-    times: float | None = None
-    printed: paper.Printed | None = None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference with its 95 % interval, in the metric's unit, and the column it is the difference to."""
-
-    value: float
-    low: float
-    high: float
-    against: str
-
-
-Cell = Value | Interval | str | None  # None: nothing there yet
-
-
-@dataclass
-class Row:
-    """One row: the block it belongs to, its label, images per class, Ratio%, and a cell for each column."""
-
-    block: str
-    ipc: str
-    ratio: str
-    cells: list[Cell]
-    source: str = "ours"
-    label: str = ""
-
-
-Points = dict[int | None, dict[str, Value]]  # images per class -> key of a metric -> number
-
-
-@dataclass
-class Grid:
-    """One table of one data set and protocol, and of one network unless networks stand side by side.
-
-    Attributes:
-        head: of the column of labels; empty where rows have none.
-        budgets: whether rows are about images per class.
-        series: the numbers for plots, by panel (network or row, where there are several) and name of the line.
-    """
-
-    title: str
-    dataset: str
-    arch: str
-    columns: list[str]
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    head: str = ""
-    budgets: bool = True
-    series: dict[str, dict[str, Points]] = field(default_factory=dict)
-
 
 Asked = Mapping[str, Any]  # what the plan says of one table and data set
 
@@ -153,8 +85,7 @@ def _places(table: Table, record: Record, plan: Mapping[str, Asked]) -> list[tup
 
 
 def _agrees(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    plain = {k: json.loads(json.dumps(v)) for k, v in wanted.items() if not isinstance(v, Times)}
-    return all(k in found and found[k] == v for k, v in plain.items())
+    return all(k in found and found[k] == plain(v) for k, v in wanted.items() if not isinstance(v, Times))
 
 
 def _derive(frame: pd.DataFrame) -> None:
@@ -194,7 +125,7 @@ class _Builder:
         for (row, ipc, title), same in part.groupby(["row", "ipc", "title"], dropna=False, sort=False):
             place = str(row), None if pd.isna(ipc) else int(ipc), str(title)
             self.cell_records[place] = [records[i] for i in same.index]
-            self.values[place] = {m.key: v for m in table.metrics for v in [_value(same, m)] if v is not None}
+            self.values[place] = {m.key: v for m in table.metrics for v in [value(same, m)] if v is not None}
 
     def _tell_variants_apart(self) -> None:
         """Several variants of one method at one place stand side by side, under what tells them apart."""
@@ -287,7 +218,7 @@ class _Builder:
         whole = self._whole_value(metric, row, title)
         times = whole.mean / value.mean if metric.times and whole is not None and value.mean > 0 else None
         rivals = self._rivals(metric, row, ipc, title)
-        best = metric.best and len(rivals) > 1 and _shown(value.mean, metric) == _shown(max(rivals), metric)
+        best = metric.best and len(rivals) > 1 and shown(value.mean, metric) == shown(max(rivals), metric)
         return replace(value, best=best, times=times)
 
     def _whole_value(self, metric: Metric, row: str, title: str) -> Value | None:
@@ -366,23 +297,6 @@ SEQUENCE = " > "  # between the names of data sets that arrive one after the oth
 def stage_row(stages: int, names: Sequence[str]) -> str:
     """Label of the row of a stage: its number and the data set that was added."""
     return f"{stages}. {'+ ' if stages > 1 else ''}{names[stages - 1]}"
-
-
-def network(arch: str, width: int | None) -> str:
-    """A network's name as tables show it."""
-    return arch if width is None else f"{arch} (width {width})"
-
-
-def _value(rows: pd.DataFrame, metric: Metric) -> Value | None:
-    if metric.key not in rows.columns:
-        return None
-    mean, sd, n = results.aggregate(rows[metric.key].tolist())
-    return Value(mean * metric.scale, sd * metric.scale, n, metric) if n else None
-
-
-def _shown(mean: float, metric: Metric) -> str:
-    """As printed: two methods that print the same number are equally good."""
-    return f"{mean:.{metric.digits}f}"
 
 
 def _ratio(ipc: int | None, data: Mapping[str, Any]) -> str:

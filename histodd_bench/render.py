@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from histodd_bench.layout import Cell, Grid, Interval, Value
+from histodd_bench.grid import Cell, Grid, Interval, Value
 from histodd_bench.results import Record, finite
 
 DASH = "-"  # a cell that has not been computed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from histodd_bench import render, svg
-from histodd_bench.layout import Grid, Interval, Points, Row, Value
+from histodd_bench.grid import Grid, Interval, Points, Row, Value
 from histodd_bench.paper import DATASETS
 from histodd_bench.tables import Metric, Plot, SlideTable, Table
 

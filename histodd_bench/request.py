@@ -22,6 +22,7 @@ class SlideOptions:
         models: keys of MIL_MODELS.
         encoder, weights: see :func:`histodd_bench.mil.features.make_encoder`.
         engine, engine_options: where slides are distilled.
+        workers: how many processes, where the command line says; None: one per GPU or core.
     """
 
     models: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class SlideOptions:
     weights: str | None = None
     engine: str = "local"
     engine_options: Mapping[str, str] = field(default_factory=dict)
+    workers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from histodd_bench import experiment, placement, results, stain_plot
 from histodd_bench.continual import TaskSequence, run_sequence
 from histodd_bench.data import Dataset, load_dataset
 from histodd_bench.errors import HistoddError
-from histodd_bench.layout import network
+from histodd_bench.grid import network
 from histodd_bench.mil.requirements import obstacle
 from histodd_bench.progress import Progress
 from histodd_bench.projection import project

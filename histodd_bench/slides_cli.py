@@ -18,7 +18,8 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
     from histodd_bench.data.centres import open_experiment
     from histodd_bench.engines import Engine
     from histodd_bench.progress import Progress
-    from histodd_bench.slides_distill import FOLDER, SlideDistiller, distill_slides, summary
+    from histodd_bench.slides_distill import FOLDER, SlideDistiller
+    from histodd_bench.slides_run import distill_slides, summary
 
     options = dict(args.engine_options)
     failed: list[str] = []
@@ -32,7 +33,7 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
                 if wrong:
                     raise UsageError(f"--slides: {request.dataset} has no training slide {wrong[0]!r} with patches")
                 slides = list(args.slides)
-            workers = request.workers if args.workers else workers_of(request)
+            workers = workers_of(request)
             engine = Engine(args.engine, workers, engine_device(distiller.experiment), out / "work", options)
             progress.log(
                 f"{request.dataset}: {len(distiller.slides)} slides, part {args.shard[0]} of {args.shard[1]}; "
@@ -62,7 +63,7 @@ def engine_device(experiment: "Experiment") -> str:
 
 
 def workers_of(request: Request) -> int:
-    """How many workers distil slides where the command line does not say."""
+    """How many workers compute at slide level: what ``--workers`` says, otherwise one per GPU or core."""
     from histodd_bench.engines import default_workers
 
-    return default_workers(request.device, request.workers)
+    return request.slides.workers or default_workers(request.device, request.workers)

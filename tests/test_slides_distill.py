@@ -23,7 +23,8 @@ from histodd_bench.data.centres import open_experiment
 from histodd_bench.engines import Engine
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.progress import Progress
-from histodd_bench.slides_distill import SlideDistiller, SlideJob, distill_slides, shard
+from histodd_bench.slides_distill import SlideDistiller, SlideJob
+from histodd_bench.slides_run import distill_slides, shard
 from histodd_bench.training import predict
 
 

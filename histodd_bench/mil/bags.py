@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,6 @@ def make_bags(features: Tensor, patches: PatchSet, labels: Mapping[str, int]) ->
     )
 
 
-@dataclass(frozen=True)
-class FeatureFile:
-    """A file of features read back: ``[N,D]`` float32 and what they came from."""
-
-    features: Tensor
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
 def _h5py() -> Any:
     try:
         import h5py
@@ -131,7 +123,7 @@ def _h5py() -> Any:
 
 
 def write_features(path: Path, features: Tensor, facts: Mapping[str, Any]) -> None:
-    """Write features ``[N,D]`` with ``facts`` (JSON values) as an HDF5 file that appears complete or not at all."""
+    """Write features ``[N,D]`` with ``facts`` (JSON values, for whoever opens it) as an HDF5 file that appears complete or not at all."""
     h5py = _h5py()
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     with writing(path):
@@ -148,20 +140,18 @@ def write_features(path: Path, features: Tensor, facts: Mapping[str, Any]) -> No
             partial.unlink(missing_ok=True)
 
 
-def read_features(path: Path) -> FeatureFile:
-    """Read what :func:`write_features` wrote.
+def read_features(path: Path) -> Tensor:
+    """The features ``[N,D]`` that :func:`write_features` wrote.
 
     Raises:
         HistoddError: missing, damaged, written by another version, or features that are NaN or infinite.
     """
-    import json
-
     h5py = _h5py()
     if not path.is_file():
         raise HistoddError(f"{path} is missing: the features must be extracted again")
     try:
         with h5py.File(path, "r") as file:
-            version, facts = int(file.attrs["format"]), json.loads(file.attrs["facts"])
+            version = int(file.attrs["format"])
             features = torch.from_numpy(file["features"][()])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise HistoddError(f"{path} is damaged ({error}): delete it, and it will be made again") from None
@@ -169,4 +159,4 @@ def read_features(path: Path) -> FeatureFile:
         raise HistoddError(f"{path} has format {version}, this version reads {FORMAT}: delete it to have it made again")
     if features.ndim != 2 or not bool(torch.isfinite(features).all()):
         raise HistoddError(f"{path} holds features that are NaN or infinite: delete it, and it will be made again")
-    return FeatureFile(features, facts)
+    return features

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError, UsageError, unknown_name
 from histodd_bench.files import digest, sha256
+from histodd_bench.grid import network
 from histodd_bench.mil.bags import read_features, write_features
 from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
@@ -115,31 +116,28 @@ def make_encoder(
         raise unknown_name("encoder", name, ENCODERS)
     template = pool.preprocessing
     preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, template.template, template.template_index)
-    network = _Trunk(body).eval().to(device)
     facts = {"encoder": name, "weights": identity, "template": str(template.template) if stain else None}
-    return Encoder(f"{shown}, {origin}", network, preprocessing, stain, facts)
+    return Encoder(f"{shown}, {origin}", _Trunk(body).eval().to(device), preprocessing, stain, facts)
 
 
 def _trained(
     name: str, pool: ModelPool, stain: bool, cache: Path, device: torch.device | str, progress: Progress
 ) -> Encoder:
     recipe = pool.recipe
-    wide = "" if recipe.width is None else f" (width {recipe.width})"
+    shown = network(recipe.arch, recipe.width)
     if name == "pool":
         longer = max(recipe.epochs or 0, POOL_EPOCHS)
         extra = pool.with_recipe(networks=recipe.networks + 1, epochs=longer)  # its last network is in no distillation
-        network, number = extra.load(recipe.networks), recipe.networks
-        title = (
-            f"{recipe.arch}{wide}, pool-trained: supervised, {longer} epochs on the training patches and their labels"
-        )
+        number = recipe.networks
+        title = f"{shown}, pool-trained: supervised, {longer} epochs on the training patches and their labels"
         facts = {"encoder": name, "pool": extra.key, "network": number}
-        return Encoder(title, network, pool.preprocessing, stain, facts)
+        return Encoder(title, extra.load(number), pool.preprocessing, stain, facts)
     from histodd_bench.mil import simclr
 
     settings = simclr.SimCLRRecipe(arch=recipe.arch, width=recipe.width)
-    network, key = simclr.load(settings, pool.train, pool.preprocessing, cache=cache, device=device, progress=progress)
-    title = f"{recipe.arch}{wide}, SimCLR: self-supervised, on the training patches"
-    return Encoder(title, network, pool.preprocessing, stain, {"encoder": name, "simclr": key})
+    trained, key = simclr.load(settings, pool.train, pool.preprocessing, cache=cache, device=device, progress=progress)
+    title = f"{shown}, SimCLR: self-supervised, on the training patches"
+    return Encoder(title, trained, pool.preprocessing, stain, {"encoder": name, "simclr": key})
 
 
 def _hub_file(url: str) -> Path:
@@ -250,7 +248,7 @@ def extract(
     path = cache / f"{key[:32]}.h5"
     if path.exists():
         try:
-            kept = read_features(path).features
+            kept = read_features(path)
             if len(kept) == len(patches):
                 return kept
         except HistoddError as error:

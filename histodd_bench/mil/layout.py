@@ -8,7 +8,7 @@ import pandas as pd
 
 from histodd_bench import paper, results
 from histodd_bench.files import digest
-from histodd_bench.layout import Cell, Grid, Row, Value
+from histodd_bench.grid import Cell, Grid, Row, Value, value
 from histodd_bench.mil import MIL_MODELS
 from histodd_bench.results import Record
 from histodd_bench.tables.declaration import Metric
@@ -52,14 +52,6 @@ def variants(records: Sequence[Record]) -> dict[str, str]:
         for key, own in fields.items():
             labels[key] = ", ".join(f"{n}={own.get(n)}" for n in differing)
     return labels
-
-
-def value(frame: pd.DataFrame, metric: Metric) -> Value | None:
-    """Mean, standard deviation and n of a metric over the rows of a frame; None where there is none."""
-    if metric.key not in frame.columns:
-        return None
-    mean, sd, n = results.aggregate(frame[metric.key].tolist())
-    return Value(mean * metric.scale, sd * metric.scale, n, metric) if n else None
 
 
 def block(

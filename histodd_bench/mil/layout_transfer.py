@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from histodd_bench.files import digest
-from histodd_bench.layout import Cell, Grid, Row
+from histodd_bench.grid import Cell, Grid, Row, network
 from histodd_bench.mil import MIL_MODELS
 from histodd_bench.mil.layout import (
     HEAD,
@@ -36,8 +36,7 @@ def _column(record: Record) -> str:
     evaluation = record["config"]["eval"]
     if evaluation["at"] == "slide":
         return f"Slides, {MIL_MODELS[record['arch']].title}"
-    width = evaluation["width"]
-    return f"Patches, {record['arch']}" + ("" if width is None else f" (width {width})")
+    return f"Patches, {network(record['arch'], evaluation['width'])}"
 
 
 def table5_grids(

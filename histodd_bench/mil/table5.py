@@ -7,7 +7,6 @@ test slides. The source distils with its own pool, stain policy and slides; it s
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,19 +21,17 @@ from histodd_bench import presets, results
 from histodd_bench.data.centres import centres_of, open_experiment
 from histodd_bench.engines import Engine
 from histodd_bench.environment import own_random
-from histodd_bench.errors import HistoddError
 from histodd_bench.evaluate import compute_metrics
 from histodd_bench.experiment import Experiment
-from histodd_bench.files import digest, read_state, save_state
+from histodd_bench.files import digest, plain, read_state, save_state
 from histodd_bench.methods import method_entry
 from histodd_bench.mil import build_mil
 from histodd_bench.mil.experiment import SlideExperiment
-from histodd_bench.mil.table4 import make_sets, plan_cells, run_cells
 from histodd_bench.mil.training import MILTraining, TransferRecipe, score_mil, train_mil
+from histodd_bench.mil.work import Opener, budgeted, check, engines, make_sets, plan_cells, run_cells
 from histodd_bench.models import build
 from histodd_bench.progress import Progress
 from histodd_bench.request import Request, SlideOptions
-from histodd_bench.slides_cli import engine_device, workers_of
 from histodd_bench.tables.slide_level import SlideTable
 from histodd_bench.training import Trainer, predict
 
@@ -118,7 +115,7 @@ class Transfer:
 
     def cell_config(self, cell: TransferCell) -> dict[str, Any]:
         """What the record of a cell depends on."""
-        config = self._trained_config(cell)
+        config: dict[str, Any] = self._trained_config(cell)
         config["source"] = cell.source
         config["set"] = {"method": "none"}
         config["transfer"] = {"version": VERSION, **dataclasses.asdict(self.recipe)}
@@ -130,7 +127,8 @@ class Transfer:
             else:
                 made = source.set_config(cell.method, cell.ipc, cell.distill_seed)["set"]
             config["set"] = made
-        return _plain(config)
+        config = plain(config)
+        return config
 
     # ---- work ------------------------------------------------------------------------------------------------------------
 
@@ -150,7 +148,7 @@ class Transfer:
     def trained(self, cell: TransferCell) -> Trained:
         """The target's own model, trained on first use and kept in the cache."""
         config = self._trained_config(cell)
-        path = self.request.cache / "transfer" / f"{digest(_plain(config))[:32]}.pt"
+        path = self.request.cache / "transfer" / f"{digest(plain(config))[:32]}.pt"
         experiment = self.experiment(cell.target)
         if cell.level == SLIDE:
             own = self.slides(cell.target, cell.target)
@@ -162,7 +160,7 @@ class Transfer:
             model = build(cell.arch, num_classes=experiment.dataset.train.num_classes, image_size=size, width=width,
                           generator_seed=cell.eval_seed)  # fmt: skip
         if not path.exists():
-            with own_random(digest(_plain(config))):
+            with own_random(digest(plain(config))):
                 seconds = self._train(cell, model, experiment)
             save_state(path, {"model": model.state_dict(), "epoch_seconds": seconds})
         state = read_state(path)
@@ -269,12 +267,6 @@ class Transfer:
         return dict(source.storage(made)), made.seconds
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON would give it back: tuples as lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(config))
-    return plain
-
-
 def transfer_cells(request: Request, options: SlideOptions, centres: Sequence[str]) -> list[TransferCell]:
     """Every cell: both levels, every ordered pair of centres; first those without transfer, which train the targets' models."""
     cells = []
@@ -294,39 +286,37 @@ def transfer_cells(request: Request, options: SlideOptions, centres: Sequence[st
 
 def run(request: Request, table: SlideTable, progress: Progress) -> None:
     """Compute the table for one data set, or what is missing of it."""
-    options = request.slides
     centres = centres_of(open_experiment(request, progress).dataset)
-    current = Transfer(request, options, progress)
+    current = Transfer(request, request.slides, progress)
     for centre in centres:
         progress.log(f"{centre}: {current.experiment(centre).budget()}")
-    workers = workers_of(request)
-    device = engine_device(current.experiment(centres[0]))
-    local = Engine("local", workers, device, request.out / "work")
-    engine = Engine(options.engine, workers, device, request.out / "work", options.engine_options)
+    local, engine = engines(request, current.experiment(centres[0]))
     opener = partial(_open, request)
-    budgeted = [m for m in request.methods if not method_entry(m).whole]
-    jobs = [
-        SetJob(centre, method, ipc, seed)
-        for seed in range(request.seeds) for ipc in sorted(request.ipc, reverse=True)
-        for method in budgeted for centre in centres
-    ]  # fmt: skip
+    _make_patch_sets(current, centres, local, opener)
     for centre in centres:
-        if any(method_entry(m).synthetic for m in budgeted):
-            current.experiment(centre).pool().prepare()
-    with progress.task(f"{request.dataset}: sets of patches", len(jobs)) as task:
-        failures = local.run(opener, jobs, task.advance)
-    if failures:
-        job, why = next(iter(failures.items()))
-        raise HistoddError(f"{job.method} {job.ipc} per class of {job.centre}: {why}")
-    for centre in centres:
-        for method in budgeted:
-            make_sets(
-                current.slides(centre, centre).distiller(method), request.ipc, range(request.seeds), engine, progress
-            )
-    todo = transfer_cells(request, options, centres)
+        for method in budgeted(request):
+            distiller = current.slides(centre, centre).distiller(method)
+            make_sets(distiller, request.ipc, range(request.seeds), engine, progress)
+    todo = transfer_cells(request, request.slides, centres)
     plan_cells(current, todo, table, request)
     run_cells(current, [c for c in todo if c.method == "none"], local, opener, request, progress)
     run_cells(current, [c for c in todo if c.method != "none"], local, opener, request, progress)
+
+
+def _make_patch_sets(current: Transfer, centres: Sequence[str], local: Engine, opener: Opener) -> None:
+    """Every set that a centre shares at patch level and that is missing, the largest first."""
+    request = current.request
+    jobs = [
+        SetJob(centre, method, ipc, seed)
+        for seed in range(request.seeds) for ipc in sorted(request.ipc, reverse=True)
+        for method in budgeted(request) for centre in centres
+    ]  # fmt: skip
+    missing = [job for job in jobs if not current.experiment(job.centre).finished(job.method, job.ipc, job.seed)]
+    for centre in {job.centre: None for job in missing if method_entry(job.method).synthetic}:
+        current.experiment(centre).pool().prepare()
+    with current.progress.task(f"{request.dataset}: sets of patches", len(jobs), len(jobs) - len(missing)) as task:
+        failures = local.run(opener, missing, task.advance)
+    check(failures, lambda job: f"{job.method} {job.ipc} per class of {job.centre}")
 
 
 def _open(request: Request, device: str) -> Callable[[Any], None]:

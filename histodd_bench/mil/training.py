@@ -1,7 +1,7 @@
 """Training a slide-level model, one bag per step, and scoring it. The last epoch counts; nothing is selected on test slides."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -118,7 +118,6 @@ def train_mil(
     device: torch.device | str = "cpu",
     start: nn.Module | None = None,
     epochs: int | None = None,
-    on_epoch: Callable[[int, int, float], None] | None = None,
 ) -> MILTraining:
     """Train on bags of any size, one per step.
 
@@ -128,7 +127,6 @@ def train_mil(
         seed: of the initialisation and of the order of the slides; dropout follows torch's global generator.
         start: go on training this model (it is changed) instead of a fresh one.
         epochs: instead of the recipe's.
-        on_epoch: called after every epoch with (epochs done, epochs in all, mean loss).
 
     Raises:
         HistoddError: no bags, or the loss is no longer finite.
@@ -164,8 +162,6 @@ def train_mil(
         loss = float(torch.stack(losses).mean())
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise HistoddError(f"training {name} diverged in epoch {epoch + 1}: lower mil.lr")
-        if on_epoch:
-            on_epoch(epoch + 1, epochs, loss)
     return MILTraining(model.eval(), seconds, loss)
 
 
