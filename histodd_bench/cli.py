@@ -70,10 +70,15 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     if stain not in presets.STAIN:
         raise unknown_name("stain policy", stain, presets.STAIN)
     distill = presets.parse_arch(args.distill_arch or preset.distill_arch, preset.widths)
+    overrides, image_size = presets.parse_overrides(args.settings), args.image_size or preset.image_size
+    presets.check_recipes(overrides, distill[0])
     slides = SlideOptions(workers=args.workers)
     if isinstance(table, SlideTable):
+        from histodd_bench.mil.requirements import check_request
+
         slides = SlideOptions(check_models(args.mil or table.models), args.encoder, args.encoder_weights, args.engine,
                               dict(args.engine_options), args.workers)  # fmt: skip
+        check_request(slides, image_size, args.device, out)
     return [
         Request(
             dataset=name,
@@ -84,7 +89,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             distill_arch=distill,
             seeds=args.seeds or options.get("seeds") or preset.seeds,
             eval_seeds=args.eval_seeds or options.get("eval_seeds") or preset.eval_seeds,
-            image_size=args.image_size or preset.image_size,
+            image_size=image_size,
             stain=stain,
             threads=args.threads or min(options.get("threads") or preset.threads, _cores()),
             device=args.device,
@@ -93,7 +98,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             data_root=_data_root(args.data_root, name),
             split_seed=args.split_seed,
             workers=args.workers or min(_cores(), MOST_WORKERS),
-            overrides=presets.parse_overrides(args.settings),
+            overrides=overrides,
             columns=table.columns if table else (),
             slides=slides,
         )

@@ -13,9 +13,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from histodd_bench.errors import HistoddError, UsageError, unknown_name
@@ -47,6 +48,25 @@ class Engine:
     folder: Path
     options: Mapping[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse an engine that cannot run jobs: unknown, not installed, or with options that it does not have.
+
+        Raises:
+            UsageError, HistoddError: as :meth:`run`.
+        """
+        if self.name not in ENGINES:
+            raise unknown_name("engine", self.name, ENGINES)
+        if self.name == "local" and self.options:
+            raise UsageError(f"the local engine has no option {next(iter(self.options))!r}")
+        if self.name == "ray":
+            _ray_package()
+            wrong = set(self.options) - {"address"}
+            if wrong:
+                raise UsageError(f"the ray engine has no option {min(wrong)!r}: it has address")
+        if self.name == "slurm":
+            with TemporaryDirectory() as folder:  # submitit makes the one it is given
+                _slurm_executor(replace(self, folder=Path(folder)))
+
     def run(self, opener: Opener, jobs: Sequence[Any], on_done: Callable[[], None]) -> Failures:
         """Run every job once; ``on_done`` is called as each ends. Returns the failed jobs and why.
 
@@ -54,8 +74,7 @@ class Engine:
             UsageError: no such engine, or an option it does not have.
             HistoddError: a worker cannot start, or the engine's package is not installed.
         """
-        if self.name not in ENGINES:
-            raise unknown_name("engine", self.name, ENGINES)
+        self.check()
         return ENGINES[self.name](self, opener, list(jobs), on_done) if jobs else {}
 
 
@@ -92,8 +111,6 @@ def _attempt(do: Callable[[Any], None], job: Any) -> str | None:
 
 
 def _local(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
-    if engine.options:
-        raise UsageError(f"the local engine has no option {next(iter(engine.options))!r}")
     context = multiprocessing.get_context("spawn")
     queue, failures = deque(jobs), Failures()
     processes: dict[Any, tuple[int, multiprocessing.process.BaseProcess]] = {}
@@ -175,19 +192,32 @@ def _chunk(opener: Opener, device: str, jobs: list[Any]) -> Failures:
     return {job: text for job, text in found.items() if text is not None}
 
 
-def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+def _slurm_executor(engine: Engine) -> Any:
+    """submitit's executor with the engine's options."""
     try:
         import submitit
     except ImportError:
         raise HistoddError("--engine slurm needs submitit: pip install submitit") from None
     options: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in engine.options.items()}
-    executor = submitit.AutoExecutor(folder=engine.folder / "submitit" / "%j", cluster=options.pop("cluster", "slurm"))
-    gpu = engine.device.startswith("cuda")
+    cluster, gpu = options.pop("cluster", "slurm"), engine.device.startswith("cuda")
+    try:
+        executor = submitit.AutoExecutor(folder=engine.folder / "submitit" / "%j", cluster=cluster)
+    except RuntimeError:
+        raise HistoddError(
+            "--engine slurm: this machine has no srun: start it where SLURM is, or try it with --engine-option cluster=local"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"--engine-option: {error}".splitlines()[0]) from None
     try:
         executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": 1, **({"gpus_per_node": 1} if gpu else {}),
                                       "name": "histodd-slides", **options})  # fmt: skip
     except (NameError, TypeError, ValueError) as error:
         raise UsageError(f"--engine-option: {error}".splitlines()[0]) from None
+    return executor
+
+
+def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+    executor, gpu = _slurm_executor(engine), engine.device.startswith("cuda")
     shares = [jobs[i :: engine.workers] for i in range(min(engine.workers, len(jobs)))]
     devices = ["cuda" if gpu else engine.device] * len(shares)  # SLURM shows a job its own GPU only
     submitted = executor.map_array(_chunk, [opener] * len(shares), devices, shares)
@@ -216,14 +246,16 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
 # ---- Ray ---------------------------------------------------------------------------------------------------------------
 
 
-def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+def _ray_package() -> Any:
     try:
         import ray
     except ImportError:
         raise HistoddError("--engine ray needs Ray: pip install ray") from None
-    wrong = set(engine.options) - {"address"}
-    if wrong:
-        raise UsageError(f"the ray engine has no option {min(wrong)!r}: it has address")
+    return ray
+
+
+def _ray(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
+    ray = _ray_package()
     gpu = engine.device.startswith("cuda")
     address = engine.options.get("address")
     started = not ray.is_initialized()

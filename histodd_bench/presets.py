@@ -273,6 +273,18 @@ def build(cls: type[Any], *layers: Fields) -> Any:
     return cls(**merged)
 
 
+def check_recipes(overrides: Mapping[str, Fields], arch: str) -> None:
+    """Refuse values that no recipe takes, such as a learning rate of 0, before anything is loaded.
+
+    Args:
+        overrides: of :func:`parse_overrides`.
+        arch: the pool's network.
+    """
+    classes = section_classes()
+    for section in ("pool", "eval", "mil", "transfer"):
+        build(classes[section], {"arch": arch} if section == "pool" else {}, overrides.get(section, {}))
+
+
 def parse_arch(text: str, widths: Mapping[str, int]) -> tuple[str, int | None]:
     """``resnet18`` or ``convnet-d3:64`` -> (name, width or None); an unknown network is refused with the nearest match."""
     from histodd_bench.models import model_entry

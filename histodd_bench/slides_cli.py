@@ -22,6 +22,7 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
     from histodd_bench.slides_run import distill_slides, summary
 
     options = dict(args.engine_options)
+    Engine(args.engine, 1, args.device, out / "work", options).check()  # before minutes of work
     failed: list[str] = []
     with Progress() as progress:
         for request in requests:

@@ -43,6 +43,12 @@ class TrainRecipe:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise UsageError("a training recipe needs either epochs or steps")
+        if self.lr <= 0:
+            raise UsageError(f"lr (eval.lr, pool.lr) must be above 0, got {self.lr}")
+        if self.momentum < 0 or self.weight_decay < 0:
+            raise UsageError(
+                f"momentum and weight_decay must not be negative, got {self.momentum} and {self.weight_decay}"
+            )
 
     @property
     def augmentation(self) -> SiameseAugment:

@@ -1,6 +1,8 @@
 """Engines: every job once, failures by job, and a worker that dies costs what it had in hand and nothing else."""
 
+import importlib.util
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from histodd_bench.engines import Engine, device_of
-from histodd_bench.errors import HistoddError
+from histodd_bench.errors import HistoddError, UsageError
 
 
 def opener(folder: Path, device: str):
@@ -71,6 +73,33 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, name: str) -> No
         engine(tmp_path, name, 1).run(broken, ["a"], lambda: None)
     with pytest.raises(HistoddError, match="ended while starting"):
         engine(tmp_path, name, 1).run(deadly_start, ["a"], lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("lokal", {}, "did you mean 'local'"),
+        ("local", {"address": "x"}, "the local engine has no option 'address'"),
+        ("slurm", {"cluster": "nowhere"}, "executor named nowhere"),
+        ("slurm", {"cluster": "local", "foo": "1"}, "'foo'"),
+    ],
+)
+def test_unusable_engines_are_refused_and_leave_nothing(tmp_path: Path, name: str, options: dict, says: str) -> None:
+    if name == "slurm":
+        pytest.importorskip("submitit", reason="engine slurm: package not installed")
+    with pytest.raises(UsageError, match=says):
+        Engine(name, 1, "cpu", tmp_path / "work", options).check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_engines_that_this_machine_does_not_have(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="engine slurm: package not installed")
+    if shutil.which("srun") is None:
+        with pytest.raises(HistoddError, match="this machine has no srun"):
+            Engine("slurm", 1, "cpu", tmp_path, {}).check()
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(HistoddError, match="pip install ray"):
+            Engine("ray", 1, "cpu", tmp_path, {}).check()
 
 
 def test_no_jobs_start_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ from histodd_bench import cli, compare, options, render, report, results
 from histodd_bench.data import PatchSet
 from histodd_bench.data.centres import centre_part, centres_of
 from histodd_bench.data.store import Dataset
+from histodd_bench.engines import Engine
 from histodd_bench.errors import HistoddError
 from histodd_bench.mil.layout import table4_grids
 from histodd_bench.mil.layout_transfer import share, table5_grids
 from histodd_bench.mil.requirements import obstacle
+from histodd_bench.mil.table5 import Transfer, TransferCell, _make_patch_sets
+from histodd_bench.mil.work import make_sets
 from histodd_bench.progress import Progress
+from histodd_bench.slides_cli import workers_of
 from histodd_bench.tables import TABLES
 
 pytest.importorskip("nystrom_attention", reason="slide-level models need the group 'mil'")
@@ -44,6 +49,12 @@ def same_cache(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Non
 def command(table: str, folders: dict[str, Path], *more: str) -> list[str]:
     return arguments(f"run {table}", folders["data"], folders["out"], "--ipc", "2,5", "--seeds", "1", "--eval-seeds", "2",
                      "--workers", "1", *more)  # fmt: skip
+
+
+def transfer(folders: dict[str, Path], out: Path) -> Transfer:
+    line = command("table5", {**folders, "out": out})
+    request = cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES["table5"], out)[0]
+    return Transfer(request, request.slides, Progress.silent())
 
 
 def of(folders: dict[str, Path], level: str) -> list[results.Record]:
@@ -100,9 +111,41 @@ def test_no_transfer_is_where_every_fine_tuning_starts(folders) -> None:
     """The same target model, whatever the source: without transfer both directions into a target agree by seed."""
     from histodd_bench.files import read_state
 
-    states = sorted((folders["cache"] / "transfer").glob("*.pt"))
+    states = set((folders["cache"] / "transfer").glob("*.pt"))
     assert len(states) == 2 * 2 * 2  # targets x levels x training seeds
     assert all("model" in read_state(p) for p in states)
+
+
+def test_a_target_model_of_another_torch_is_trained_again(folders, tmp_path, monkeypatch) -> None:
+    """Like the pool's networks and the SimCLR encoder: what another version trained is not read."""
+    monkeypatch.setattr(torch, "__version__", "0.0-other")
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
+    current = transfer(folders, tmp_path)
+    before = {p.name for p in (folders["cache"] / "transfer").glob("*.pt")}
+    current.trained(TransferCell("patch", "A", "B", "none", None, None, 0, "convnet-d3"))
+    (made,) = (tmp_path / "cache" / "transfer").glob("*.pt")
+    assert made.name not in before
+
+
+def test_sets_that_are_there_start_no_worker(folders, tmp_path, monkeypatch) -> None:
+    current = transfer(folders, folders["out"])
+    engine = Engine("local", 2, "cpu", tmp_path / "work")
+    refuse = partial(pytest.fail, "a worker was started")
+    _make_patch_sets(current, ("A", "B"), engine, refuse)
+    make_sets(current.slides("A", "A").distiller("histodd"), (2, 5), (0,), engine, Progress.silent())
+
+
+def test_workers_are_as_many_as_the_command_line_says(monkeypatch) -> None:
+    """Also where there are GPUs, of which there is one worker each by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+    def workers(*more: str) -> int:
+        line = options.make_parser(cli.COMMANDS).parse_args(["run", "table4", *more])
+        return workers_of(cli.make_requests(line, TABLES["table4"], Path("x"))[0])
+
+    assert (workers(), workers("--workers", "3"), workers("--device", "cuda:1")) == (4, 3, 1)
+    assert workers("--device", "cuda:1", "--workers", "2") == 2 and workers("--device", "cpu", "--workers", "5") == 5
 
 
 def test_table5_grids(folders) -> None:
@@ -232,9 +275,25 @@ def test_what_makes_a_slide_level_table_impossible() -> None:
         (("--encoder", "resnet-50"), "unknown encoder 'resnet-50': did you mean 'resnet50'?"),
         (("--set", "mil.epoch=3"), "did you mean 'epochs'?"),
         (("--set", "transfer.epochs=0"), "transfer.epochs must be at least 1"),
+        (("--set", "transfer.lr=0"), "transfer.lr must be above 0, got 0"),
+        (("--set", "transfer.slide_lr=-1"), "transfer.slide_lr must be above 0, got -1"),
+        (("--set", "mil.lr=0"), "mil.lr must be above 0"),
+        (("--set", "mil.weight_decay=-1"), "mil.weight_decay must not be negative"),
+        (("--set", "mil.dropout=1"), "mil.dropout must be at least 0 and below 1"),
+        (("--set", "mil.width=0"), "mil.width must be above 0"),
+        (("--set", "eval.lr=0"), "lr (eval.lr, pool.lr) must be above 0"),
+        (("--set", "pool.lr=-0.1"), "lr (eval.lr, pool.lr) must be above 0"),
+        (("--encoder", "pool", "--encoder-weights", "random"), "leave out --encoder-weights"),
+        (("--encoder", "resnet50", "--encoder-weights", "absent.pth"), "absent.pth: no such file"),
+        (("--encoder", "torchvision:vit_b_16", "--encoder-weights", "random"), "cannot read patches of 16 px"),
+        (("--engine", "lokal"), "unknown engine 'lokal': did you mean 'local'?"),
+        (("--engine-option", "a=1"), "the local engine has no option 'a'"),
+        (("--engine", "slurm", "--engine-option", "cluster=nowhere"), "executor named nowhere"),
     ],
 )
-def test_impossible_requests(folders, tmp_path, capsys, more, says) -> None:
+def test_impossible_requests(folders, tmp_path, capsys, monkeypatch, more, says) -> None:
+    """Refused with one line, before anything is read or written."""
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
     table = "table5" if "transfer" in more[-1] else "table4"
     line = arguments(
         f"run {table}",
@@ -251,7 +310,9 @@ def test_impossible_requests(folders, tmp_path, capsys, more, says) -> None:
         *more,
     )
     assert cli.main(line) == 2
-    assert says in capsys.readouterr().err.splitlines()[-1]
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---- shares of a gain, the paper's numbers, centres ----------------------------------------------------------------------

@@ -31,6 +31,7 @@ ENCODERS = {
     "torchvision:NAME": "any torchvision classifier without its last layer",
     "timm:NAME": "any timm model without its head; needs timm, and --encoder-weights",
 }
+TRAINED = ("pool", "simclr")  # on the training patches, here
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -71,6 +72,28 @@ class _Trunk(nn.Module):
         return y.mean((2, 3)) if y.ndim == 4 else y
 
 
+def check_encoder(name: str, weights: str | None, image_size: int) -> None:
+    """Refuse, before anything is computed, an encoder that cannot be had or cannot read patches of ``image_size`` px.
+
+    Raises:
+        UsageError: unknown name (with the nearest match), weights given to an encoder that has none, or patches it cannot read.
+        HistoddError: weights that are missing or do not fit; the message says what to do.
+    """
+    name = _resolve(name, weights)
+    if name in TRAINED:
+        return
+    network, _, _ = _pretrained(name, weights)
+    try:
+        with torch.no_grad():
+            found = network.eval().features(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:  # torch raises a different type for every way not to fit
+        raise UsageError(
+            f"--encoder {name} cannot read patches of {image_size} px ({str(error).splitlines()[0]}): choose another --image-size"
+        ) from error
+    if not bool(torch.isfinite(found).all()):
+        raise HistoddError(f"--encoder {name} gives NaN or infinite features: check its weights")
+
+
 def make_encoder(
     name: str,
     weights: str | None,
@@ -91,33 +114,42 @@ def make_encoder(
         cache: folder that keeps encoders trained here.
 
     Raises:
-        UsageError: unknown name, or weights given to an encoder that has none.
-        HistoddError: weights that are missing or do not fit; the message says what to do.
+        UsageError, HistoddError: as :func:`check_encoder`.
     """
+    name = _resolve(name, weights)
+    if name in TRAINED:
+        return _trained(name, pool, stain, cache, device, progress)
+    network, title, identity = _pretrained(name, weights)
+    template = pool.preprocessing
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, template.template, template.template_index)
+    facts = {"encoder": name, "weights": identity, "template": str(template.template) if stain else None}
+    return Encoder(title, network.eval().to(device), preprocessing, stain, facts)
+
+
+def _resolve(name: str, weights: str | None) -> str:
+    """The encoder that ``auto`` stands for; weights for one that is trained here are refused."""
     if name == "auto":
         name = "resnet50" if weights or _cached("resnet50") else "pool"
+    if name in TRAINED and weights:
+        raise UsageError(f"--encoder {name} is trained here: leave out --encoder-weights")
+    return name
+
+
+def _pretrained(name: str, weights: str | None) -> tuple["_Trunk", str, Any]:
+    """An encoder that is not trained here, on the CPU; its title, and what identifies its weights."""
     kind, _, model = name.partition(":")
-    if kind in ("pool", "simclr") and not model:
-        if weights:
-            raise UsageError(f"--encoder {name} is trained here: leave out --encoder-weights")
-        return _trained(name, pool, stain, cache, device, progress)
     if name == "resnet50":
         body, origin, identity = _torchvision("resnet50", weights)
         # Lu et al. 2021, Methods: the third residual block's output, averaged over the map.
         stages = [body.get_submodule(n) for n in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")]
-        body, shown = nn.Sequential(*stages), "ResNet50 to its third stage"
-    elif kind == "torchvision" and model:
+        return _Trunk(nn.Sequential(*stages)), f"ResNet50 to its third stage, {origin}", identity
+    if kind == "torchvision" and model:
         body, origin, identity = _torchvision(model, weights)
-        body, shown = _without_head(body), f"torchvision {model}"
-    elif kind == "timm" and model:
+        return _Trunk(_without_head(body)), f"torchvision {model}, {origin}", identity
+    if kind == "timm" and model:
         body, origin, identity = _timm(model, weights)
-        shown = f"timm {model}"
-    else:
-        raise unknown_name("encoder", name, ENCODERS)
-    template = pool.preprocessing
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, template.template, template.template_index)
-    facts = {"encoder": name, "weights": identity, "template": str(template.template) if stain else None}
-    return Encoder(f"{shown}, {origin}", _Trunk(body).eval().to(device), preprocessing, stain, facts)
+        return _Trunk(body), f"timm {model}, {origin}", identity
+    raise unknown_name("encoder", name, ENCODERS)
 
 
 def _trained(

@@ -1,16 +1,29 @@
 """What a slide-level table needs of a data set and of this installation."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from histodd_bench.data.centres import centres_of
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.data.store import Dataset
+from histodd_bench.engines import Engine
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
 from histodd_bench.mil.bags import slide_labels
-from histodd_bench.request import Request
+from histodd_bench.mil.features import check_encoder
+from histodd_bench.request import Request, SlideOptions
 from histodd_bench.slides_distill import METHODS
 from histodd_bench.tables.slide_level import SlideTable
+
+
+def check_request(options: SlideOptions, image_size: int, device: str, out: Path) -> None:
+    """Refuse an encoder or engine that a slide-level table would only stumble over after minutes of work.
+
+    Raises:
+        UsageError, HistoddError: one line that names the option.
+    """
+    check_encoder(options.encoder, options.weights, image_size)
+    Engine(options.engine, 1, device, out / "work", options.engine_options).check()
 
 
 def obstacle(table: SlideTable, request: Request, dataset: Dataset) -> str:

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from histodd_bench import presets, results
@@ -147,8 +148,8 @@ class Transfer:
 
     def trained(self, cell: TransferCell) -> Trained:
         """The target's own model, trained on first use and kept in the cache."""
-        config = self._trained_config(cell)
-        path = self.request.cache / "transfer" / f"{digest(plain(config))[:32]}.pt"
+        key = digest(plain({**self._trained_config(cell), "torch": torch.__version__}))
+        path = self.request.cache / "transfer" / f"{key[:32]}.pt"
         experiment = self.experiment(cell.target)
         if cell.level == SLIDE:
             own = self.slides(cell.target, cell.target)
@@ -160,7 +161,7 @@ class Transfer:
             model = build(cell.arch, num_classes=experiment.dataset.train.num_classes, image_size=size, width=width,
                           generator_seed=cell.eval_seed)  # fmt: skip
         if not path.exists():
-            with own_random(digest(plain(config))):
+            with own_random(key):
                 seconds = self._train(cell, model, experiment)
             save_state(path, {"model": model.state_dict(), "epoch_seconds": seconds})
         state = read_state(path)

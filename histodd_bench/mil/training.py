@@ -39,8 +39,11 @@ class MILRecipe:
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise UsageError(f"mil.epochs must not be negative, got {self.epochs}")
-        if self.lr is not None and self.lr <= 0:
-            raise UsageError(f"mil.lr must be above 0, got {self.lr}")
+        _positive("mil", lr=self.lr, width=self.width)
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise UsageError(f"mil.weight_decay must not be negative, got {self.weight_decay}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UsageError(f"mil.dropout must be at least 0 and below 1, got {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ class TransferRecipe:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise UsageError(f"transfer.epochs must be at least 1, got {self.epochs}")
+        _positive("transfer", lr=self.lr, slide_lr=self.slide_lr)
+
+
+def _positive(section: str, **fields: float | None) -> None:
+    for name, value in fields.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"{section}.{name} must be above 0, got {value}")
 
 
 class Lookahead:
