@@ -1,7 +1,6 @@
 """Tables 4 and 5 on tiny slides: every cell once, nothing computed twice, and grids that say what they hold."""
 
 import csv
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -11,18 +10,13 @@ import torch
 from tiny_slides import arguments, write_slides
 
 from histodd_bench import cli, compare, options, render, report, results
-from histodd_bench.data import PatchSet
-from histodd_bench.data.centres import centre_part, centres_of
-from histodd_bench.data.store import Dataset
 from histodd_bench.engines import Engine
-from histodd_bench.errors import HistoddError
+from histodd_bench.grid import Value
 from histodd_bench.mil.layout import table4_grids
-from histodd_bench.mil.layout_transfer import share, table5_grids
-from histodd_bench.mil.requirements import obstacle
+from histodd_bench.mil.layout_transfer import table5_grids
 from histodd_bench.mil.table5 import Transfer, TransferCell, _make_patch_sets
 from histodd_bench.mil.work import make_sets
 from histodd_bench.progress import Progress
-from histodd_bench.slides_cli import workers_of
 from histodd_bench.tables import TABLES
 
 pytest.importorskip("nystrom_attention", reason="slide-level models need the group 'mil'")
@@ -135,19 +129,6 @@ def test_sets_that_are_there_start_no_worker(folders, tmp_path, monkeypatch) -> 
     make_sets(current.slides("A", "A").distiller("histodd"), (2, 5), (0,), engine, Progress.silent())
 
 
-def test_workers_are_as_many_as_the_command_line_says(monkeypatch) -> None:
-    """Also where there are GPUs, of which there is one worker each by default."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-
-    def workers(*more: str) -> int:
-        line = options.make_parser(cli.COMMANDS).parse_args(["run", "table4", *more])
-        return workers_of(cli.make_requests(line, TABLES["table4"], Path("x"))[0])
-
-    assert (workers(), workers("--workers", "3"), workers("--device", "cuda:1")) == (4, 3, 1)
-    assert workers("--device", "cuda:1", "--workers", "2") == 2 and workers("--device", "cpu", "--workers", "5") == 5
-
-
 def test_table5_grids(folders) -> None:
     grids = table5_grids(TABLES["table5"], of(folders, "transfer") + of(folders, "slide"))
     assert [g.title.rpartition(", ")[2] for g in grids] in (["A => B", "B => A"], ["B => A", "A => B"])
@@ -179,6 +160,53 @@ def test_a_lost_record_is_computed_again_to_the_same_predictions(folders) -> Non
     assert again["predictions"] == lost["predictions"]
     for name in ("accuracy", "balanced_accuracy", "final_loss"):
         assert again["metrics"][name] == lost["metrics"][name]
+
+
+def changed(records: list[results.Record], **fields) -> list[results.Record]:
+    """The same records as if their training had been another: ``eval__epochs=9`` or ``eval__model__lr=0.01``."""
+    made = json.loads(json.dumps(records))
+    for record in made:
+        for name, value in fields.items():
+            *path, leaf = name.split("__")
+            part = record["config"]
+            for step in path:
+                part = part[step]
+            assert part[leaf] != value
+            part[leaf] = value
+        record["key"] = results.key_of(record["config"])
+    return made
+
+
+def numbers(grid) -> list[int]:
+    return [c.n for row in grid.rows if row.block == "Accuracy %" for c in row.cells if isinstance(c, Value)]
+
+
+def test_trainings_that_differ_stand_apart_in_table4(folders) -> None:
+    records = of(folders, "slide")
+    clam = [r for r in records if r["arch"] == "clam-sb"]
+    (grid,) = table4_grids(TABLES["table4"], records + changed(clam, eval__model__lr=0.01))
+    assert grid.columns == ["CLAM-SB (lr=0.0002)", "CLAM-SB (lr=0.01)", "TransMIL"]
+    assert set(numbers(grid)) == {2}, "never a mean over both"
+    assert "CLAM-SB (lr=0.01): adam 0.01, width 16" in " ".join(grid.notes)
+    both = records + changed(clam, eval__epochs=9, eval__cosine=True)
+    titles = [g.title.removeprefix("Table 4: slide classification with multiple instance learning: ")
+              for g in table4_grids(TABLES["table4"], both)]  # fmt: skip
+    assert titles == ["imagefolder (cosine=False, epochs=2)", "imagefolder (cosine=True, epochs=9)"]
+    other = changed(records, eval__encoder__key="f" * 64)  # another file of weights by the same name
+    titles = [g.title for g in table4_grids(TABLES["table4"], records + other)]
+    assert len(set(titles)) == 2 and titles[1].endswith("(encoder.key=ffffffff)")
+
+
+def test_trainings_that_differ_stand_apart_in_table5(folders) -> None:
+    records = of(folders, "transfer")
+    patches = [r for r in records if r["config"]["eval"]["at"] == "patch"]
+    for grid in table5_grids(TABLES["table5"], records + changed(patches, eval__epochs=9)):
+        name = "Patches, convnet-d3 (width 8)"
+        assert grid.columns == [f"{name} (epochs=2)", f"{name} (epochs=9)", "Slides, CLAM-SB"]
+        assert set(numbers(grid)) == {2}
+    slow = changed(records, transfer__lr=0.001)
+    titles = [g.title.partition(" => ")[2] for g in table5_grids(TABLES["table5"], records + slow)]
+    assert sorted(titles) == [f"{t} (transfer.lr={lr})" for t in "AB" for lr in ("0.001", "None")]
 
 
 def test_changed_options_make_new_records(folders, tmp_path) -> None:
@@ -248,26 +276,6 @@ def test_a_dry_run_of_a_slide_level_table_says_that_it_projects_nothing(folders,
     assert not (tmp_path / "out").exists()
 
 
-def request_for(table: str, *methods: str):
-    line = ["run", table, "--methods", ",".join(methods or ("random", "full"))]
-    return cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES[table], Path("x"))[0]
-
-
-def test_what_makes_a_slide_level_table_impossible() -> None:
-    def why(table: str, some: Dataset, *methods: str) -> str:
-        return obstacle(TABLES[table], request_for(table, *methods), some)
-
-    good = dataset([0, 0, 1, 1, 0, 0, 1, 1], labels=[0, 0, 0, 1, 0, 0, 1, 1])
-    assert why("table4", good) == "" and why("table5", good) == ""
-    assert "does not say which centre" in why("table5", dataset(None, labels=[0, 0, 0, 1, 0, 0, 1, 1]))
-    assert "training slides of some are all of class 't'" in why("table4", dataset(None))
-    single = dataclasses.replace(good.train, groups=torch.arange(8), group_names=tuple("abcdefgh"))
-    assert "does not say which slide its training patches come from" in why(
-        "table4", Dataset("some", single, single, False)
-    )
-    assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
-
-
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -313,66 +321,3 @@ def test_impossible_requests(folders, tmp_path, capsys, monkeypatch, more, says)
     captured = capsys.readouterr()
     assert says in captured.err and captured.out == "" and len(captured.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-# ---- shares of a gain, the paper's numbers, centres ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("none", "full", "own", "expected"),
-    [
-        ([0.5, 0.5], [0.9, 0.9], [0.82, 0.82], "80"),
-        ([0.5, 0.6], [0.9, 0.8], [0.5, 0.6], "0"),
-        ([0.5, 0.6], [0.6, 0.5], [0.9, 0.9], "undefined"),  # no gain
-        ([0.5, 0.6], [0.7, 0.61], [0.9, 0.9], "333"),  # gains 0.2 and 0.01: mean 0.105, standard error 0.095
-        ([0.5, 0.6], [0.7, 0.59], [0.9, 0.9], "undefined"),  # gains 0.2 and -0.01: mean 0.095, standard error 0.105
-        ([0.5], [0.9], [0.9], "undefined"),  # one seed: the standard error is unknown
-        ([], [], [], None),
-    ],
-)
-def test_share_of_the_gain(none, full, own, expected) -> None:
-    assert share(none, full, own) == expected
-
-
-def test_the_papers_numbers() -> None:
-    table4, table5 = TABLES["table4"], TABLES["table5"]
-    assert len(table4.paper_accuracy) == 4 * 4 * 3 and len(table5.paper_accuracy) == 2 * 4 * 2
-    cell = table4.paper_accuracy["camelyon16", 50, "dsmil"]
-    assert (cell.mean, cell.sd) == ("87.5", "0.6")
-    assert table4.paper_seconds["tcga-idh", 10, "transmil"] == "22.0 (x1.07)"
-    assert table4.paper_storage["unitopatho-pt", None, "clam-sb"] == "34.60 GB"
-    cell = table5.paper_accuracy["C2", 20, "slide"]
-    assert (cell.mean, cell.sd) == ("96.8", "0.6")
-    assert table5.paper_seconds["C1", None, "patch"] == "1640" and table5.paper_epochs["C1", None, "slide"] == "10"
-    assert table5.paper_storage["C1", 10, "patch"] == "1e-3 GB"
-
-
-def dataset(centres: list[int] | None, names: tuple[str, ...] = ("A", "B"), labels: list[int] | None = None) -> Dataset:
-    n = 8
-    images = torch.randint(0, 256, (n, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    wanted = torch.tensor(labels or [0, 1] * 4)
-    c = None if centres is None else torch.tensor(centres)
-    some = PatchSet(images, wanted, torch.arange(n) // 2, tuple("wxyz"), ("n", "t"), c, names if centres else ())
-    return Dataset("some", some, some, False)
-
-
-def test_a_centre_is_a_data_set_of_its_own(tmp_path) -> None:
-    whole = dataset([0, 0, 1, 1, 0, 0, 1, 1])
-    assert centres_of(whole) == ("A", "B")
-    part = centre_part(whole, "B", cache=tmp_path, progress=Progress.silent())
-    rows = [2, 3, 6, 7]
-    assert torch.equal(part.train.images, whole.train.images[rows]) and torch.equal(
-        part.test.labels, whole.test.labels[rows]
-    )
-    assert [part.train.group_names[g] for g in part.train.groups] == ["x", "x", "z", "z"]
-    assert part.train.centre_names == ("B",) and "only the slides of B" in part.notes
-
-
-def test_transfers_that_cannot_be(tmp_path) -> None:
-    with pytest.raises(HistoddError, match="does not say which centre"):
-        centres_of(dataset(None))
-    with pytest.raises(HistoddError, match="has 1 centres with training and test patches"):
-        centres_of(dataset([0] * 8))
-    lacking = dataset([0, 0, 0, 0, 1, 1, 1, 1], labels=[0, 1, 0, 1, 0, 0, 0, 0])
-    with pytest.raises(HistoddError, match="B has no training patches of class 't'"):
-        centre_part(lacking, "B", cache=tmp_path, progress=Progress.silent())

@@ -15,14 +15,57 @@ from histodd_bench.tables.declaration import Metric
 from histodd_bench.tables.slide_level import SlideTable
 
 FULL, HEAD = "Full", "Set"
+_OWN = ("arch", "width", "seed", "model")  # of the training configuration: what models of one table need not share
 
 
-def config_group(record: Record) -> str:
+def shared_config(record: Record) -> dict[str, Any]:
     """What slide-level numbers must share to stand in one table: data, encoder and the training that all models have in common."""
     config = record["config"]
-    own = ("arch", "width", "seed", "model")
-    shared = {k: v for k, v in config["eval"].items() if k not in own}
-    return digest({"eval": shared, **{k: v for k, v in config.items() if k not in ("eval", "set")}})
+    rest = {k: v for k, v in config.items() if k not in ("eval", "set")}
+    return {**rest, "eval": {k: v for k, v in config["eval"].items() if k not in _OWN}}
+
+
+def own_config(record: Record) -> dict[str, Any]:
+    """What the training of one model has of its own, the seed aside."""
+    return {k: v for k, v in record["config"]["eval"].items() if k in _OWN and k not in ("arch", "seed")}
+
+
+def told_apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each configuration, the fields in which they differ, as text; hashes only where nothing else tells two apart."""
+    flat = [
+        {k.removeprefix("eval.").removeprefix("model."): v for k, v in results.flat_config(c).items()} for c in configs
+    ]
+    names = {n for f in flat for n in f}
+    differing = sorted(n for n in names if len({json.dumps(f.get(n)) for f in flat}) > 1)
+    hashes = [n for n in differing if any(isinstance(f.get(n), str) and len(f[n]) == 64 for f in flat)]
+
+    def texts(shown: Sequence[str]) -> list[str]:
+        return [", ".join(f"{n}={f.get(n) if n not in hashes else str(f.get(n))[:8]}" for n in shown) for f in flat]
+
+    plain = texts([n for n in differing if n not in hashes])
+    return plain if len(set(plain)) == len({json.dumps(f, sort_keys=True) for f in flat}) else texts(differing)
+
+
+def group_titles(
+    groups: Sequence[Sequence[Record]], title: Callable[[Record], str], config: Callable[[Record], Mapping[str, Any]]
+) -> list[str]:
+    """A title for each group of records; several that would have the same say in which fields they differ."""
+    plain = [title(same[0]) for same in groups]
+    made = list(plain)
+    for text in dict.fromkeys(plain):
+        alike = [i for i, t in enumerate(plain) if t == text]
+        for i, fields in zip(alike, told_apart([config(groups[i][0]) for i in alike]), strict=True):
+            made[i] = f"{text} ({fields})" if fields else text
+    return made
+
+
+def column_titles(
+    records: Sequence[Record], title: Callable[[Record], str], config: Callable[[Record], Mapping[str, Any]]
+) -> dict[str, str]:
+    """Record key -> heading of its column: trainings that differ stand side by side, under what tells them apart."""
+    groups = groups_of(records, lambda r: (title(r), digest(config(r))))
+    titles = group_titles(groups, title, config)
+    return {r["key"]: text for text, same in zip(titles, groups, strict=True) for r in same}
 
 
 def groups_of(records: Sequence[Record], key: Callable[[Record], Any]) -> list[list[Record]]:
@@ -129,12 +172,12 @@ def ordered_sets(
 
 
 def frames_of(
-    table: SlideTable, records: Sequence[Record], labels: Mapping[str, str], column: Callable[[Record], str]
+    table: SlideTable, records: Sequence[Record], labels: Mapping[str, str], headings: Mapping[str, str]
 ) -> dict[tuple[Any, ...], pd.DataFrame]:
     """The frame of records by (column, ipc, title, variant)."""
     titles = {c.method: c.title for c in table.columns} | {"none": "No transfer"}
     frame = results.to_frame(records)
-    keys = [(column(r), r["ipc"], titles.get(r["method"], r["method"]), labels[r["key"]]) for r in records]
+    keys = [(headings[r["key"]], r["ipc"], titles.get(r["method"], r["method"]), labels[r["key"]]) for r in records]
     positions: dict[tuple[Any, ...], list[int]] = {}
     for i, key in enumerate(keys):
         positions.setdefault(key, []).append(i)
@@ -146,19 +189,21 @@ def table4_grids(
 ) -> list[Grid]:
     """One grid per data set, encoder and common training."""
     made = []
-    for same in groups_of(slide_records(records, table), lambda r: (r["dataset"], config_group(r))):
+    groups = groups_of(slide_records(records, table), lambda r: (r["dataset"], digest(shared_config(r))))
+    titles = group_titles(groups, lambda r: f"{table.title}: {shown_name(r)}", shared_config)
+    for title, same in zip(titles, groups, strict=True):
         first = same[0]
         data, dataset = first["data"], first["dataset"]
         labels = variants(same)
-        present = {r["arch"] for r in same}
+        headings = column_titles(same, lambda r: MIL_MODELS[r["arch"]].title, own_config)
+        order = list(dict.fromkeys([*table.models, *sorted({r["arch"] for r in same})]))
         columns = {
-            MIL_MODELS[m].title: m for m in (*table.models, *sorted(present - set(table.models))) if m in present
+            headings[r["key"]]: r["arch"]
+            for r in sorted(same, key=lambda r: (order.index(r["arch"]), headings[r["key"]]))
         }
-        shown = f"{dataset} (procedural data)" if data["procedural"] else dataset
-        encoder = first["config"]["eval"]["encoder"]["title"]
-        grid = Grid(f"{table.title}: {shown}", dataset, encoder, list(columns), head=HEAD)
+        grid = Grid(title, dataset, first["config"]["eval"]["encoder"]["title"], list(columns), head=HEAD)
         sets = ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))
-        frames = frames_of(table, same, labels, lambda r: MIL_MODELS[r["arch"]].title)
+        frames = frames_of(table, same, labels, headings)
         counts = {r["ipc"]: r["storage"]["count"] for r in same if r["ipc"] is not None}
 
         def ratio(ipc: int | None, counts: dict[Any, int] = counts, whole: int = data["train_patches"]) -> str:
@@ -167,12 +212,17 @@ def table4_grids(
         for metric in table.metrics:
             grid.rows += block(metric, sets, frames, list(columns), ratio)
             grid.rows += paper_rows(table, metric, dataset, columns)
-        grid.notes = [*common_notes(same), *_table4_notes(table, dataset)]
+        grid.notes = [*common_notes(same, headings), *_table4_notes(table, dataset)]
         made.append(grid)
     return made
 
 
-def common_notes(records: Sequence[Record]) -> list[str]:
+def shown_name(record: Record) -> str:
+    """The data set's name as titles have it."""
+    return f"{record['dataset']} (procedural data)" if record["data"]["procedural"] else record["dataset"]
+
+
+def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     """What a reader must know about slide-level numbers: data, encoder, training, seeds, device."""
     first = records[0]
     config, data = first["config"], first["data"]
@@ -188,7 +238,7 @@ def common_notes(records: Sequence[Record]) -> list[str]:
         e = r["config"]["eval"]
         if e["arch"] in MIL_MODELS:
             wide = "" if e["width"] is None else f", width {e['width']}"
-            settings[MIL_MODELS[e["arch"]].title] = f"{e['model']['optimizer']} {e['model']['lr']:g}{wide}"
+            settings[headings[r["key"]]] = f"{e['model']['optimizer']} {e['model']['lr']:g}{wide}"
     notes.append(
         f"Slide models: {evaluation['epochs']} epochs, one bag per step, slides drawn "
         f"{'equally often from every class' if evaluation['balanced'] else 'once per epoch'}; the last epoch is scored on bags of all "

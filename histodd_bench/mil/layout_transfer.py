@@ -12,10 +12,13 @@ from histodd_bench.mil import MIL_MODELS
 from histodd_bench.mil.layout import (
     HEAD,
     block,
+    column_titles,
     frames_of,
+    group_titles,
     groups_of,
     ordered_sets,
     paper_rows,
+    shown_name,
     slide_records,
     variants,
 )
@@ -26,10 +29,14 @@ PAPER_CENTRES = {"radboud": "C1", "utrecht": "C2"}  # of Camelyon16, by what the
 GAIN = "Share of the full data's gain, %"
 
 
-def _group(record: Record) -> str:
-    config = record["config"]
-    kept = {k: v for k, v in config.items() if k not in ("eval", "set")}
-    return digest([record["dataset"], kept])
+def _shared(record: Record) -> dict[str, Any]:
+    """What the numbers of one grid share: data of both centres and how models are fine-tuned."""
+    return {k: v for k, v in record["config"].items() if k not in ("eval", "set")}
+
+
+def _training(record: Record) -> dict[str, Any]:
+    """How the target's own model was trained, the seed aside."""
+    return {k: v for k, v in record["config"]["eval"].items() if k != "seed"}
 
 
 def _column(record: Record) -> str:
@@ -44,17 +51,19 @@ def table5_grids(
 ) -> list[Grid]:
     """One grid per data set, direction, and what the records must share to be compared."""
     made = []
-    for same in groups_of(slide_records(records, table), _group):
-        first = same[0]
-        config, data, dataset = first["config"], first["data"], first["dataset"]
-        columns = sorted({_column(r) for r in same})
+    groups = groups_of(slide_records(records, table), lambda r: (r["dataset"], digest(_shared(r))))
+    titles = group_titles(
+        groups, lambda r: f"{table.title}: {shown_name(r)}, {r['config']['source']} => {r['config']['target']}", _shared
+    )
+    for title, same in zip(titles, groups, strict=True):
+        config, dataset = same[0]["config"], same[0]["dataset"]
+        headings = column_titles(same, _column, _training)
+        columns = sorted(set(headings.values()))
         labels: dict[str, str] = {}
-        for part in groups_of(same, _column):
-            labels |= variants(part)
+        for column in columns:
+            labels |= variants([r for r in same if headings[r["key"]] == column])
         sets = [(None, "No transfer", ""), *ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))]
-        frames = frames_of(table, same, labels, _column)
-        shown = f"{dataset} (procedural data)" if data["procedural"] else dataset
-        title = f"{table.title}: {shown}, {config['source']} => {config['target']}"
+        frames = frames_of(table, same, labels, headings)
         grid = Grid(title, dataset, ", ".join(sorted({r["arch"] for r in same})), columns, head=HEAD)
         source = next((name for part, name in PAPER_CENTRES.items() if part in config["source"].lower()), "")
         levels = {c: "slide" if c.startswith("Slides") else "patch" for c in columns}
@@ -63,15 +72,15 @@ def table5_grids(
             if dataset == "camelyon16":
                 grid.rows += paper_rows(table, metric, source, levels)
             if metric.key == "metrics.accuracy":
-                grid.rows += _gains(same, sets, columns, labels, {c.method: c.title for c in table.columns})
-        grid.notes = _notes(same)
+                grid.rows += _gains(same, sets, columns, labels, headings, {c.method: c.title for c in table.columns})
+        grid.notes = _notes(same, headings)
         made.append(grid)
     return made
 
 
 def _gains(
     records: Sequence[Record], sets: Sequence[tuple[int | None, str, str]], columns: Sequence[str],
-    labels: Mapping[str, str], titles: Mapping[str, str],
+    labels: Mapping[str, str], headings: Mapping[str, str], titles: Mapping[str, str],
 ) -> list[Row]:  # fmt: skip
     """What each set recovers of the accuracy that the full data add; undefined where they add nothing that can be told."""
 
@@ -79,7 +88,7 @@ def _gains(
         found: dict[int, list[float]] = {}
         for r in records:
             own = titles.get(r["method"], "No transfer" if r["method"] == "none" else r["method"])
-            if (_column(r), r["ipc"], own, labels[r["key"]]) == (column, ipc, title, label):
+            if (headings[r["key"]], r["ipc"], own, labels[r["key"]]) == (column, ipc, title, label):
                 found.setdefault(r["eval_seed"], []).append(r["metrics"]["accuracy"])
         return {seed: fmean(values) for seed, values in found.items()}
 
@@ -112,7 +121,7 @@ def share(none: Sequence[float], full: Sequence[float], own: Sequence[float]) ->
     return f"{100 * fmean([o - n for o, n in zip(own, none, strict=True)]) / gain:.0f}"
 
 
-def _notes(records: Sequence[Record]) -> list[str]:
+def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     first = records[0]
     config, data, dataset = first["config"], first["data"], first["dataset"]
     notes = []
@@ -129,12 +138,15 @@ def _notes(records: Sequence[Record]) -> list[str]:
         f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
         "above its standard error: below zero, too."
     )
-    for part in groups_of(records, _column):
+    for column in sorted(set(headings.values())):
+        part = [r for r in records if headings[r["key"]] == column]
         evaluation = part[0]["config"]["eval"]
         slide = evaluation["at"] == "slide"
         trained = evaluation["model"]["lr"] if slide else evaluation["lr"]
         tuned = transfer["slide_lr" if slide else "lr"] or trained
-        line = f"{_column(part[0])}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {tuned:g}"
+        line = (
+            f"{column}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {tuned:g}"
+        )
         if "encoder" in evaluation:
             line += f"; encoder of {config['target']}: {evaluation['encoder']['title']}"
         fields = {json.dumps(r["config"]["set"].get("fields", {})) for r in part if r["method"] == "histodd"}
