@@ -76,6 +76,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     if isinstance(table, SlideTable):
         from histodd_bench.mil.requirements import check_request
 
+        overrides = presets.with_defaults(table.fields.get(preset.name, {}), overrides)
         slides = SlideOptions(check_models(args.mil or table.models), args.encoder, args.encoder_weights, args.engine,
                               dict(args.engine_options), args.workers)  # fmt: skip
         check_request(slides, image_size, args.device, out)

@@ -273,6 +273,16 @@ def build(cls: type[Any], *layers: Fields) -> Any:
     return cls(**merged)
 
 
+def with_defaults(fields: Mapping[str, Fields], overrides: Mapping[str, Fields]) -> dict[str, dict[str, Any]]:
+    """Overrides on top of the fields that a table sets; ``epochs`` and ``steps`` replace each other."""
+    merged = {s: {**fields.get(s, {}), **overrides.get(s, {})} for s in dict.fromkeys([*fields, *overrides])}
+    for section, own in overrides.items():
+        for name, other in (("steps", "epochs"), ("epochs", "steps")):
+            if own.get(name) is not None and other not in own:
+                merged[section].pop(other, None)
+    return merged
+
+
 def check_recipes(overrides: Mapping[str, Fields], arch: str) -> None:
     """Refuse values that no recipe takes, such as a learning rate of 0, before anything is loaded.
 

@@ -117,12 +117,15 @@ class Trainer:
     def batch(self, indices: Tensor) -> Tensor:
         """Augmented, preprocessed patches ``[n,3,H,W]`` float32 on the device."""
         draw = self.augmentation.draw(self.generator, len(indices))
-        images = self.train.images[indices].to(self.device)
+        images = self._images(indices)
         warp = None if draw.warp is None else draw.warp.to(self.device)
         if self.fits is None:
             return self.preprocessing(images, warp=warp)
         stain, valid = self.fits[0][indices], self.fits[1][indices]
         return self.preprocessing(images, warp=warp, stain=stain, valid=valid & draw.stain)
+
+    def _images(self, indices: Tensor) -> Tensor:
+        return self.train.images[indices].to(self.device)
 
     def run_epoch(self) -> float:
         """One pass over the set (cut short by the last step); returns the mean loss."""

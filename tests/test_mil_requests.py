@@ -40,6 +40,23 @@ def test_what_makes_a_slide_level_table_impossible() -> None:
     assert "'forgetting' cannot be applied slide by slide" in why("table4", good, "random", "forgetting")
 
 
+def test_fields_of_table5_give_way_to_the_command_line() -> None:
+    def fields(*more: str) -> dict:
+        line = options.make_parser(cli.COMMANDS).parse_args(["run", "table5", *more])
+        made = cli.make_requests(line, TABLES["table5"], Path("x"))[0]
+        return {"stain": made.stain, **made.overrides}
+
+    assert fields() == {
+        "stain": "on",
+        "histodd": {"networks": "pool"},
+        "pool": {"epochs": 10},
+        "transfer": {"rehearsal": True},
+    }
+    said = fields("--stain", "off", "--set", "pool.steps=7", "--set", "histodd.networks=random")
+    assert (said["stain"], said["histodd"], said["pool"]) == ("off", {"networks": "random"}, {"steps": 7})
+    assert fields("--preset", "paper") == {"stain": "on"}, "the paper's own"
+
+
 def test_workers_are_as_many_as_the_command_line_says(monkeypatch) -> None:
     """Also where there are GPUs, of which there is one worker each by default."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -66,7 +66,7 @@ def test_table4_has_one_record_per_cell(folders) -> None:
     )
     assert one["storage"]["slides"] == 6 and one["seconds"]["per_slide"] > 0
     assert one["data"]["train_slides"] == [2, 4] and one["data"]["bag_sizes"] == [4, 8, 8]
-    assert "pool-trained: supervised" in one["config"]["eval"]["encoder"]["title"]
+    assert "SimCLR: self-supervised" in one["config"]["eval"]["encoder"]["title"]
     probabilities = results.unpack(one["predictions"]["probabilities"])
     labels = results.unpack(one["predictions"]["labels"])
     assert probabilities.shape == (4, 2) and one["predictions"]["slides"] == [f"test-s{i}" for i in range(4)]
@@ -82,7 +82,7 @@ def test_table4_grid(folders) -> None:
     times = next(r for r in grid.rows if r.block == "Patches in all bags" and (r.ipc, r.label) == ("2", "Random"))
     assert [c.mean for c in times.cells] == [20, 20] and all(c.n == 2 for c in times.cells)
     notes = " ".join(grid.notes)
-    assert "Encoder: convnet-d3 (width 8), pool-trained" in notes and "Never more than a slide has" in notes
+    assert "Encoder: convnet-d3 (width 8), SimCLR" in notes and "Never more than a slide has" in notes
     for text in (render.markdown([grid]), render.latex([grid]), render.as_csv([grid]), render.rich([grid])):
         assert "Histo-DD" in text and " nan" not in text.lower()
 
@@ -93,9 +93,13 @@ def test_table5_has_both_levels_and_both_directions(folders) -> None:
     directions = {(r["config"]["source"], r["config"]["target"]) for r in records}
     assert directions == {("A", "B"), ("B", "A")}
     none = [r for r in records if r["method"] == "none"]
-    assert all(r["metrics"]["epochs"] == 0 and r["storage"]["count"] == 0 for r in none)
+    assert all(r["metrics"]["epochs"] == 1 and r["storage"]["count"] == 0 for r in none), (
+        "rehearsal on own slides alone"
+    )
     moved = [r for r in records if r["method"] != "none"]
     assert all(r["metrics"]["epochs"] == 1 and r["metrics"]["pretrain_seconds"] > 0 for r in moved)
+    made = next(r for r in moved if r["method"] == "histodd" and r["config"]["eval"]["at"] == "patch")
+    assert made["config"]["set"]["fields"]["networks"] == "pool", "trained networks are matched"
     full = next(r for r in moved if r["method"] == "full" and r["config"]["source"] == "A")
     # A holds slides 0, 2, 4, of which slide 2 shows one class
     assert full["storage"]["count"] == 8 + 4 + 8 and full["data"]["train_patches"] == 8 + 8 + 4
@@ -108,6 +112,20 @@ def test_no_transfer_is_where_every_fine_tuning_starts(folders) -> None:
     states = set((folders["cache"] / "transfer").glob("*.pt"))
     assert len(states) == 2 * 2 * 2  # targets x levels x training seeds
     assert all("model" in read_state(p) for p in states)
+
+
+def test_without_rehearsal_nothing_is_trained_where_nothing_is_shared(folders, tmp_path) -> None:
+    """The paper's way: the target's model as it is, or fine-tuned on what was shared and on nothing else."""
+    out = tmp_path / "out"
+    alone = command("table5", {**folders, "out": out}, "--set", "transfer.rehearsal=false", "--methods", "full")
+    assert cli.main(alone) == 0
+    records, _ = results.read_records(out)
+    assert {(r["method"], r["metrics"]["epochs"]) for r in records} == {("none", 0), ("full", 1)}
+    assert {r["key"] for r in records}.isdisjoint(r["key"] for r in of(folders, "transfer"))
+    (grid, _) = table5_grids(TABLES["table5"], records)
+    seconds = next(r for r in grid.rows if r.block.startswith("Fine-tuning time") and r.label == "No transfer")
+    assert seconds.cells == ["", ""], "nothing is trained: empty, not missing"
+    assert "('No transfer': not at all)" in " ".join(grid.notes)
 
 
 def test_a_target_model_of_another_torch_is_trained_again(folders, tmp_path, monkeypatch) -> None:
@@ -139,7 +157,8 @@ def test_table5_grids(folders) -> None:
         assert rows == [("", "No transfer"), *sets, ("", "Full")]
         assert "paper's text" in " ".join(grid.notes)
         seconds = next(r for r in grid.rows if r.block.startswith("Fine-tuning time") and r.label == "No transfer")
-        assert seconds.cells == ["", ""], "nothing is trained: empty, not missing"
+        assert all(c.n == 2 for c in seconds.cells)
+        assert "on those alone, for as many epochs" in " ".join(grid.notes)
         assert not [r for r in grid.rows if None in r.cells]
 
 
@@ -204,9 +223,11 @@ def test_trainings_that_differ_stand_apart_in_table5(folders) -> None:
         name = "Patches, convnet-d3 (width 8)"
         assert grid.columns == [f"{name} (epochs=2)", f"{name} (epochs=9)", "Slides, CLAM-SB"]
         assert set(numbers(grid)) == {2}
-    slow = changed(records, transfer__lr=0.001)
-    titles = [g.title.partition(" => ")[2] for g in table5_grids(TABLES["table5"], records + slow)]
-    assert sorted(titles) == [f"{t} (transfer.lr={lr})" for t in "AB" for lr in ("0.001", "None")]
+    (grid, *_) = table5_grids(TABLES["table5"], records + changed(patches, eval__fine_lr=0.5))
+    assert grid.columns[:2] == [f"{name} (fine_lr=0.001)", f"{name} (fine_lr=0.5)"]
+    longer = changed(records, transfer__epochs=7)
+    titles = [g.title.partition(" => ")[2] for g in table5_grids(TABLES["table5"], records + longer)]
+    assert sorted(titles) == [f"{t} (transfer.epochs={n})" for t in "AB" for n in (1, 7)]
 
 
 def test_changed_options_make_new_records(folders, tmp_path) -> None:

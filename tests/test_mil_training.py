@@ -1,5 +1,6 @@
 """Bags, features on disk, encoders and the training of slide-level models."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from histodd_bench.files import save_state
 from histodd_bench.mil import MIL_MODELS
 from histodd_bench.mil.bags import Bags, make_bags, read_features, slide_label, slide_labels, write_features
 from histodd_bench.mil.features import extract, make_encoder
+from histodd_bench.mil.joint import JointTrainer, joint_bags
 from histodd_bench.mil.simclr import SimCLRRecipe, nt_xent, random_views
 from histodd_bench.mil.training import Lookahead, MILRecipe, predict_mil, score_mil, train_mil
-from histodd_bench.models import ModelPool, PoolRecipe
+from histodd_bench.models import ModelPool, PoolRecipe, build
 from histodd_bench.progress import Progress
+from histodd_bench.stain import describe
+from histodd_bench.training import Trainer, TrainRecipe
 
 pytest.importorskip("h5py", reason="features on disk need the group 'mil'")
 
@@ -128,7 +132,6 @@ def test_encoders_say_what_they_are(pool, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     trained = encoder(pool, tmp_path)
     assert "pool-trained: supervised" in trained.title
-    assert encoder(pool, tmp_path, "auto").title == trained.title, "no ImageNet weights in the cache"
     other = pool.with_recipe(networks=2)
     assert not any(
         torch.equal(a, b)
@@ -137,6 +140,7 @@ def test_encoders_say_what_they_are(pool, tmp_path, monkeypatch) -> None:
     ), "the encoder is none of the networks that distillation matches"
     simclr = encoder(pool, tmp_path, "simclr")
     assert "self-supervised" in simclr.title and simclr.key != trained.key
+    assert encoder(pool, tmp_path, "auto").key == simclr.key, "no ImageNet weights in the cache"
     random = encoder(pool, tmp_path, "resnet50", "random")
     assert random.title == "ResNet50 to its third stage, random weights"
     assert extract(
@@ -271,3 +275,34 @@ def test_going_on_from_a_trained_model_changes_it() -> None:
     again = train_mil("clam-sb", data, recipe, 1, start=model, epochs=1)
     assert again.model is model and len(again.epoch_seconds) == 1
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# ---- several sets as one -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stain", [0.0, 1.0])
+def test_training_on_parts_is_training_on_all_of_them_in_one_set(stain: float) -> None:
+    real, some = patches((0, 1) * 8, (0, 0, 1, 1) * 4, size=8), patches((1, 0) * 3, (0, 1) * 3, size=8)
+    made = dataclasses.replace(some, images=some.images.float() / 255 * 0.9)  # synthetic: float32
+    whole = PatchSet(torch.cat([real.images.float() / 255, made.images]), torch.cat([real.labels, made.labels]),
+                     torch.zeros(22, dtype=torch.int64), ("all",), real.classes)  # fmt: skip
+    recipe, about = TrainRecipe(epochs=2, batch_size=5, stain_train=stain), describe(real)
+
+    def trained(make) -> list[torch.Tensor]:
+        model = build("convnet-d3", num_classes=2, image_size=8, width=4, generator_seed=0)
+        trainer = make(model)
+        while not trainer.done:
+            trainer.run_epoch()
+        assert trainer.step == 2 * 5
+        return list(model.parameters())
+
+    parts = trained(lambda model: JointTrainer(model, [real, made], recipe, about, seed=3))
+    for a, b in zip(parts, trained(lambda model: Trainer(model, whole, recipe, about, seed=3)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bags_of_two_centres_as_one() -> None:
+    ours = Bags((torch.ones(2, 3), torch.ones(1, 3)), torch.tensor([0, 1]), ("a", "b"), ("x", "y"))
+    theirs = Bags((torch.zeros(4, 3),), torch.tensor([1]), ("c",), ("x", "y"))
+    both = joint_bags([ours, theirs])
+    assert both.names == ("a", "b", "c") and both.labels.tolist() == [0, 1, 1] and both.instances == 7

@@ -1,7 +1,7 @@
 """Feature extraction: encoders that say honestly what they are, and features cached in HDF5.
 
 Nothing is downloaded. ImageNet weights come from torch's hub cache or from a file; where there are none, ``auto`` falls back on
-a network trained on the training patches, and every table names the encoder it used.
+a network trained on the training patches without their labels, and every table names the encoder it used.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from histodd_bench.training import predict
 POOL_EPOCHS = 20  # of the encoder "pool" at least: networks that distillation matches may be trained for one epoch only
 VERSION = 1  # raised when the same encoder would give other features
 ENCODERS = {
-    "auto": "resnet50 where its ImageNet weights are in torch's cache or --encoder-weights names them, otherwise pool",
+    "auto": "resnet50 where its ImageNet weights are in torch's cache or --encoder-weights names them, otherwise simclr",
     "resnet50": "ResNet50 up to its third stage, 1,024 features (as CLAM and TransMIL use it), ImageNet weights",
     "pool": "a network of the distillation pool's recipe, trained on the training patches, that distillation never matches",
     "simclr": "the pool's architecture, trained on the training patches without labels (SimCLR)",
@@ -129,7 +129,7 @@ def make_encoder(
 def _resolve(name: str, weights: str | None) -> str:
     """The encoder that ``auto`` stands for; weights for one that is trained here are refused."""
     if name == "auto":
-        name = "resnet50" if weights or _cached("resnet50") else "pool"
+        name = "resnet50" if weights or _cached("resnet50") else "simclr"
     if name in TRAINED and weights:
         raise UsageError(f"--encoder {name} is trained here: leave out --encoder-weights")
     return name

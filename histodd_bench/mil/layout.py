@@ -257,12 +257,7 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
                 else "networks of one pool trained on all training slides."
             )
         )
-    for line in dict.fromkeys(
-        f"Stain normalisation: training probability {r['stain']['train']:g}, before feature extraction "
-        f"{'yes' if r['stain']['test'] else 'no'} ({r['stain']['chosen']})."
-        for r in records
-    ):
-        notes.append(line)
+    notes += stain_notes(records)
     seeds = len({r["distill_seed"] for r in records if r["distill_seed"] is not None})
     notes.append(
         f"mean ± standard deviation (n) over at most {seeds} selection or distillation seeds x "
@@ -293,6 +288,17 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
             f"Never more than a slide has: some class of the slide had fewer patches than asked for {text}; all were kept."
         )
     return notes + [f"{dataset}: {note}" for note in data["notes"]]
+
+
+def stain_notes(records: Sequence[Record]) -> list[str]:
+    """How stains were handled: one line for each way."""
+    return list(
+        dict.fromkeys(
+            f"Stain normalisation: training probability {r['stain']['train']:g}, when scoring and before feature extraction "
+            f"{'yes' if r['stain']['test'] else 'no'} ({r['stain']['chosen']})."
+            for r in records
+        )
+    )
 
 
 def _table4_notes(table: SlideTable, dataset: str) -> list[str]:

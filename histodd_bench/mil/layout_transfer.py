@@ -20,12 +20,17 @@ from histodd_bench.mil.layout import (
     paper_rows,
     shown_name,
     slide_records,
+    stain_notes,
     variants,
 )
 from histodd_bench.results import Record
 from histodd_bench.tables.slide_level import SlideTable
 
 PAPER_CENTRES = {"radboud": "C1", "utrecht": "C2"}  # of Camelyon16, by what their names contain
+_WITH = {
+    True: "beside those slides ('No transfer': on those alone, for as many epochs)",
+    False: "and on nothing else ('No transfer': not at all)",
+}
 GAIN = "Share of the full data's gain, %"
 
 
@@ -130,9 +135,9 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     transfer = config["transfer"]
     notes.append(
         f"A model trained on the training slides of {config['target']} is fine-tuned for {transfer['epochs']} epochs on what "
-        f"{config['source']} shares and on nothing else, and scored on the test slides of {config['target']}. This is the order of the "
-        "paper's text; its caption has it the other way round. The paper fine-tunes CLAM for 10 epochs on the full data, here every "
-        "set has the same number."
+        f"{config['source']} shares {_WITH[transfer['rehearsal']]}, and scored on the test slides of {config['target']}. This is the "
+        "order of the paper's text; its caption has it the other way round. The paper fine-tunes CLAM for 10 epochs on the full data, "
+        "here every set has the same number."
     )
     notes.append(
         f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
@@ -143,10 +148,7 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
         evaluation = part[0]["config"]["eval"]
         slide = evaluation["at"] == "slide"
         trained = evaluation["model"]["lr"] if slide else evaluation["lr"]
-        tuned = transfer["slide_lr" if slide else "lr"] or trained
-        line = (
-            f"{column}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {tuned:g}"
-        )
+        line = f"{column}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {evaluation['fine_lr']:g}"
         if "encoder" in evaluation:
             line += f"; encoder of {config['target']}: {evaluation['encoder']['title']}"
         fields = {json.dumps(r["config"]["set"].get("fields", {})) for r in part if r["method"] == "histodd"}
@@ -154,6 +156,7 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
             own = json.loads(text)
             line += f"; Histo-DD {own['outer_steps']} outer x {own['inner_steps']} inner steps"
         notes.append(line + ".")
+    notes += stain_notes(records)
     seeds = len({r["distill_seed"] for r in records if r["distill_seed"] is not None})
     notes.append(
         f"mean ± standard deviation (n) over at most {seeds} selection or distillation seeds x "

@@ -26,8 +26,9 @@ from histodd_bench.evaluate import compute_metrics
 from histodd_bench.experiment import Experiment
 from histodd_bench.files import digest, plain, read_state, save_state
 from histodd_bench.methods import method_entry
-from histodd_bench.mil import build_mil
+from histodd_bench.mil import MIL_MODELS, build_mil
 from histodd_bench.mil.experiment import SlideExperiment
+from histodd_bench.mil.joint import JointTrainer, joint_bags
 from histodd_bench.mil.training import MILTraining, TransferRecipe, score_mil, train_mil
 from histodd_bench.mil.work import Opener, budgeted, check, engines, make_sets, plan_cells, run_cells
 from histodd_bench.models import build
@@ -36,7 +37,7 @@ from histodd_bench.request import Request, SlideOptions
 from histodd_bench.tables.slide_level import SlideTable
 from histodd_bench.training import Trainer, predict
 
-VERSION = 1  # raised when the same configuration would give other results
+VERSION = 2  # raised when the same configuration would give other results
 PATCH, SLIDE = "patch", "slide"
 NOTHING: dict[str, Any] = {"count": 0, "raw_uint8_bytes": 0, "disk_bytes": 0, "estimated": False}
 
@@ -108,7 +109,7 @@ class Transfer:
         if cell.level == SLIDE:
             config["eval"] = target.eval_config(cell.arch, cell.eval_seed)
         else:
-            width = dict(self.request.archs)[cell.arch]
+            width = self.request.archs[0][1]
             recipe = dataclasses.asdict(self.experiment(cell.target).recipe)
             config["eval"] = {"arch": cell.arch, "width": width, "seed": cell.eval_seed, "version": VERSION, **recipe}
         config["eval"]["at"] = cell.level
@@ -119,7 +120,8 @@ class Transfer:
         config: dict[str, Any] = self._trained_config(cell)
         config["source"] = cell.source
         config["set"] = {"method": "none"}
-        config["transfer"] = {"version": VERSION, **dataclasses.asdict(self.recipe)}
+        config["transfer"] = {"version": VERSION, "epochs": self.recipe.epochs, "rehearsal": self.recipe.rehearsal}
+        config["eval"]["fine_lr"] = self._rate(cell)
         source = self.experiment(cell.source)
         config["data"]["source"] = source.dataset.train.fingerprint()
         if cell.method != "none":
@@ -130,6 +132,13 @@ class Transfer:
             config["set"] = made
         config = plain(config)
         return config
+
+    def _rate(self, cell: TransferCell) -> float:
+        """The learning rate of fine-tuning."""
+        if cell.level == PATCH:
+            return self.recipe.rate(self.recipe.lr, self.experiment(cell.target).recipe.lr)
+        trained = self.slides(cell.target, cell.target).recipe(cell.arch).lr
+        return self.recipe.rate(self.recipe.slide_lr, MIL_MODELS[cell.arch].lr if trained is None else trained)
 
     # ---- work ------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Transfer:
             model = build_mil(cell.arch, in_features=own.train.in_features, num_classes=len(own.train.classes),
                               seed=cell.eval_seed, width=recipe.width, dropout=recipe.dropout)  # fmt: skip
         else:
-            size, width = self.request.image_size, dict(self.request.archs)[cell.arch]
+            size, width = self.request.image_size, self.request.archs[0][1]
             model = build(cell.arch, num_classes=experiment.dataset.train.num_classes, image_size=size, width=width,
                           generator_seed=cell.eval_seed)  # fmt: skip
         if not path.exists():
@@ -216,14 +225,14 @@ class Transfer:
 
     def _fine_tune_slides(self, cell: TransferCell, trained: Trained) -> tuple[Any, Any, dict[str, float]]:
         own = self.slides(cell.target, cell.target)
-        if cell.method == "none":
+        parts = [own.train] if self.recipe.rehearsal else []
+        if cell.method != "none":
+            parts.append(self.slides(cell.source, cell.target).bags(cell.method, cell.ipc, cell.distill_seed))
+        if not parts:
             done = MILTraining(trained.model.eval(), [], float("nan"))
         else:
-            bags = self.slides(cell.source, cell.target).bags(cell.method, cell.ipc, cell.distill_seed)
-            recipe = own.recipe(cell.arch)
-            if self.recipe.slide_lr is not None:
-                recipe = replace(recipe, lr=self.recipe.slide_lr)
-            done = train_mil(cell.arch, bags, recipe, cell.eval_seed, device=self.experiment(cell.target).device,
+            recipe = replace(own.recipe(cell.arch), lr=self._rate(cell))
+            done = train_mil(cell.arch, joint_bags(parts), recipe, cell.eval_seed, device=self.experiment(cell.target).device,
                              start=trained.model, epochs=self.recipe.epochs)  # fmt: skip
         probabilities, metrics = score_mil(done, own.test, self.experiment(cell.target).device)
         return probabilities, own.test.labels, metrics | {"pretrain_seconds": sum(trained.epoch_seconds)}
@@ -231,12 +240,14 @@ class Transfer:
     def _fine_tune_patches(self, cell: TransferCell, trained: Trained) -> tuple[Any, Any, dict[str, float]]:
         target = self.experiment(cell.target)
         model, seconds, loss = copy.deepcopy(trained.model), [], float("nan")
+        parts = [target.dataset.train] if self.recipe.rehearsal else []
         if cell.method != "none":
-            shared = self.experiment(cell.source).make(cell.method, cell.ipc, cell.distill_seed).patches
-            recipe = replace(
-                target.recipe, epochs=self.recipe.epochs, steps=None, lr=self.recipe.lr or target.recipe.lr
+            parts.append(self.experiment(cell.source).make(cell.method, cell.ipc, cell.distill_seed).patches)
+        if parts:
+            recipe = replace(target.recipe, epochs=self.recipe.epochs, steps=None, lr=self._rate(cell))
+            trainer = JointTrainer(
+                model, parts, recipe, target.preprocessing, seed=cell.eval_seed, device=target.device
             )
-            trainer = Trainer(model, shared, recipe, target.preprocessing, seed=cell.eval_seed, device=target.device)
             while not trainer.done:
                 loss = trainer.run_epoch()
             seconds = trainer.epoch_seconds

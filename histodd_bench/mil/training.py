@@ -46,24 +46,35 @@ class MILRecipe:
             raise UsageError(f"mil.dropout must be at least 0 and below 1, got {self.dropout}")
 
 
+FINE = 0.1  # of a training's learning rate, in fine-tuning
+
+
 @dataclass(frozen=True)
 class TransferRecipe:
     """How a trained model is fine-tuned with another centre's data (Table 5), the same for every kind of data.
 
     Attributes:
         epochs: passes over what was shared (paper, Table 5: 5; its slide-level model has 10 on the full data).
-        lr: of the patch-level network; None for that of its training.
-        slide_lr: of the slide-level model; None for that of its training.
+        lr: of the patch-level network; None for a tenth of its training's.
+        slide_lr: of the slide-level model; None for a tenth of its training's.
+        rehearsal: the target's own training data are in every epoch beside what was shared, and alone where nothing is; otherwise
+            what was shared is all there is (as the paper has it), and without it nothing is trained.
     """
 
     epochs: int = 5
     lr: float | None = None
     slide_lr: float | None = None
+    rehearsal: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise UsageError(f"transfer.epochs must be at least 1, got {self.epochs}")
         _positive("transfer", lr=self.lr, slide_lr=self.slide_lr)
+
+    @staticmethod
+    def rate(named: float | None, trained: float) -> float:
+        """The learning rate of fine-tuning: the one that is named, or else what follows from that of the training."""
+        return FINE * trained if named is None else named
 
 
 def _positive(section: str, **fields: float | None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from histodd_bench.paper import Printed
-from histodd_bench.tables.declaration import Kind, Table
+from histodd_bench.tables.declaration import Fields, Kind, Table
 
 Key = tuple[str, int | None, str]  # data set (or source centre), images per class or None for all, model
 
@@ -25,12 +25,14 @@ class SlideTable(Table):
     Attributes:
         runner: module with ``run(request, table, progress)``.
         layout: function ``module:name(table, records, plan)`` that makes the grids; importing it needs no torch.
+        fields: by preset, fields that the table sets instead of it, by section of ``--set``, which wins.
         models: columns, keys of MIL_MODELS (or ``patch`` for the patch-level network).
         paper_accuracy, paper_seconds, paper_storage, paper_epochs: what the paper prints, marked as the paper's wherever it is shown.
     """
 
     kind: Kind = "slides"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: OPTIONS)
+    fields: Mapping[str, Fields] = field(default_factory=dict)
     runner: str = ""
     layout: str = ""
     models: tuple[str, ...] = ()

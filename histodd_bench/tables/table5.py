@@ -4,7 +4,7 @@ from typing import Any
 
 from histodd_bench.paper import Printed
 from histodd_bench.tables.declaration import Column, Metric
-from histodd_bench.tables.slide_level import SlideTable
+from histodd_bench.tables.slide_level import OPTIONS, SlideTable
 
 # Source centre (C1 = Radboud, C2 = Utrecht; the target is the other), images per class; then for ResNet18 on patches and CLAM on
 # slides: accuracy (mean, sd), epochs, seconds per epoch, storage. Camelyon16.
@@ -32,6 +32,12 @@ TABLE = SlideTable(
         Column("Full", "full"),
     ),
     models=("clam-sb",),
+    # Chosen on training slides, see docs/slide_level.md. `paper` has the paper's own fields.
+    options={preset: {**options, "stain": "on"} for preset, options in OPTIONS.items()},
+    fields={
+        preset: {"histodd": {"networks": "pool"}, "pool": {"epochs": 10}, "transfer": {"rehearsal": True}}
+        for preset in ("quick", "standard")
+    },
     metrics=(
         Metric("Accuracy %", "metrics.accuracy", scale=100, best=True),
         Metric("Balanced accuracy %", "metrics.balanced_accuracy", scale=100, best=True),
