@@ -1,14 +1,13 @@
 // stain_augment on CUDA. Without a warp a thread takes four pixels in a row, read and written at once; with one, a
 // block takes a tile of the output, so that what it reads stays in cache. The gradient of [A|b] is summed per block and
-// then over the blocks, in order. The gradient of a warped image is scattered with atomics; where determinism is asked
-// for, with integer atomics in fixed point, whose order does not matter. No host synchronisation.
+// then over the blocks, in order. The gradient of a warped image is gathered: every pixel of the image adds up what the
+// pixels of the output that sampled it have for it, so that nothing depends on the order of threads. No host
+// synchronisation.
 #include "stain_augment_kernels.cuh"
 
-#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -74,7 +73,16 @@ Job make_job(const at::Tensor& image, const at::Tensor& out, bool stained, bool 
   job.rounds = rounds;
   job.blocks = warped ? divide_up(job.height, kTileSide) * divide_up(job.width, kTileSide)
                       : divide_up(job.height * job.width, kThreads * kPixels * rounds);
+  TORCH_CHECK_VALUE(job.blocks <= std::numeric_limits<int>::max() &&
+                        (!warped || 3 * job.height * job.width <= std::numeric_limits<uint32_t>::max()),
+                    "image is too large: ", image.sizes());
   return job;
+}
+
+dim3 grid_of(const Job& job) {
+  const int64_t images = std::min(job.n, kImagesInGrid);
+  return dim3(static_cast<unsigned>(job.blocks), static_cast<unsigned>(images),
+              grid_of(divide_up(job.n, kImagesInGrid)));
 }
 
 // The per-image parameters, in a tensor of bytes.
@@ -92,7 +100,8 @@ at::Tensor prepare(const Job& job, const at::Tensor& image, const Optional& stai
   const at::Tensor ok = valid ? valid->contiguous() : at::Tensor();
   prepare_kernel<S><<<grid_of(divide_up(job.n, 64)), 64, 0, stream>>>(
       small(stain), small(warp), small(mean), small(std), ok.defined() ? ok.const_data_ptr<bool>() : nullptr, io, job.n,
-      job.height, job.width, reinterpret_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
+      job.height, job.width, job.image.type == Element::kByte && !job.warped,
+      reinterpret_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return prepared;
 }
@@ -116,7 +125,7 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     const at::Tensor prepared = prepare<S>(job, image, stain, warp, mean, std, valid, io, stream);
-    const unsigned grid = grid_of(job.n * job.blocks);
+    const dim3 grid = grid_of(job);
     if (job.warped) {
       warped_forward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
     } else {
@@ -130,32 +139,6 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
     run(0.0f);
   }
   return out;
-}
-
-// The scatter through a warp, into job.grad_image.
-template <typename S>
-void scatter_backward(Job job, const at::Tensor& grad_image, const at::Tensor& prepared, cudaStream_t stream) {
-  const at::ScalarType sum_type = c10::CppTypeToScalarType<S>::value;
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
-  const bool direct = grad_image.scalar_type() == sum_type && !deterministic;
-  const unsigned grid = grid_of(job.n * job.blocks);
-  at::Tensor sums = grad_image, fixed, largest;
-  if (!direct) sums = at::empty({grad_image.numel()}, grad_image.options().dtype(sum_type).memory_format(std::nullopt));
-  sums.zero_();
-  job.scattered = sums.mutable_data_ptr();
-  if (deterministic) {
-    fixed = at::zeros({grad_image.numel()}, grad_image.options().dtype(at::kLong).memory_format(std::nullopt));
-    largest = at::zeros({job.n}, grad_image.options().dtype(at::kInt).memory_format(std::nullopt));
-    job.largest = reinterpret_cast<unsigned*>(largest.mutable_data_ptr());
-    warped_backward_kernel<S, Pass::kLargest><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    job.fixed = reinterpret_cast<long long*>(fixed.mutable_data_ptr());
-  }
-  warped_backward_kernel<S, Pass::kScatter><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  if (direct) return;
-  finish_kernel<S><<<grid_of(divide_up(grad_image.numel(), kThreads)), kThreads, 0, stream>>>(job);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad_in, const at::Tensor& image_in,
@@ -184,13 +167,15 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     const at::Tensor prepared = prepare<S>(job, image, stain, warp, mean, std, valid, io, stream);
-    const unsigned grid = grid_of(job.n * job.blocks);
-    if (!job.warped) {
-      backward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-    } else if (need_image) {
-      return scatter_backward<S>(job, grad_image, prepared, stream);
+    const dim3 grid = grid_of(job);
+    const Prepared<S>* p = prepared_of<S>(prepared);
+    if (!job.warped && need_stain) {
+      backward_kernel<S, true><<<grid, kThreads, 0, stream>>>(job, p);
+    } else if (!job.warped) {
+      backward_kernel<S, false><<<grid, kThreads, 0, stream>>>(job, p);
     } else {
-      warped_backward_kernel<S, Pass::kScatter><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+      if (need_stain) warped_sums_kernel<S><<<grid, kThreads, 0, stream>>>(job, p);
+      if (need_image) warped_backward_kernel<S><<<grid, kThreads, 0, stream>>>(job, p);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };

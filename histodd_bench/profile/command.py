@@ -40,7 +40,6 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
         print(line, file=sys.stderr, flush=True)
 
     device = configure(args.device, threads)
-    torch.use_deterministic_algorithms(False)  # both ways are measured where there is a choice
     request = Request(
         operators=tuple(dict.fromkeys(args.what)) or known,
         shapes=args.shapes or (QUICK_SHAPES if args.quick else SHAPES),
