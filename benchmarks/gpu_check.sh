@@ -91,6 +91,7 @@ build() {
   HISTODD_EXTENSION=1 "$PYTHON" -m pip install -v --no-index --no-deps --no-build-isolation --no-compile --target "$WORK/site" "$WORK/source" || return
   if [ -n "$peers" ]; then wait "$peers" || { echo "source archives could not be built:"; tail -n 20 "$WORK/peers.log"; }; fi
   cp -r "$REPOSITORY"/{tests,benchmarks,pyproject.toml} "$WORK/run/"
+  ldd "$WORK"/site/histodd_bench/_C*.so | grep -E "stdc|gomp|cudart"
   "$PYTHON" -c 'from histodd_bench.ops._extension import build_info; print(build_info())'
 }
 

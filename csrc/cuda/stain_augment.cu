@@ -22,6 +22,8 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+constexpr int64_t kLargePlane = 16384;  // pixels of an image from which a block does more of them
+
 Element element_of(at::ScalarType type) {
   switch (type) {
     case at::kByte:
@@ -121,15 +123,18 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
   const at::Tensor out = at::empty(image.sizes(), image.options().dtype(dtype).memory_format(format));
   if (image.numel() == 0) return out;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Job job = make_job(image, out, stain.has_value(), warp.has_value(), 1);
+  const int rounds = image.size(2) * image.size(3) >= kLargePlane ? 2 : 1;
+  const Job job = make_job(image, out, stain.has_value(), warp.has_value(), rounds);
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     const at::Tensor prepared = prepare<S>(job, image, stain, warp, mean, std, valid, io, stream);
     const dim3 grid = grid_of(job);
     if (job.warped) {
       warped_forward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+    } else if (rounds == 2) {
+      forward_kernel<S, 2><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
     } else {
-      forward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+      forward_kernel<S, 1><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
@@ -157,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
       need_stain ? at::empty_like(*stain, at::MemoryFormat::Contiguous) : at::empty_like(nothing);
   if (image.numel() == 0) return {grad_image, need_stain ? grad_stain.zero_() : grad_stain};
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Job job = make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= 16384 ? 4 : 1);
+  Job job = make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= kLargePlane ? 4 : 1);
   if (need_image) job.grad_image = image_of(grad_image);
   at::Tensor partial;
   if (need_stain) {

@@ -50,29 +50,40 @@ __global__ void prepare_kernel(Small stain, Small warp, Small mean, Small std, c
   }
 }
 
-template <typename S>
+// kRounds: of four pixels per thread, all read before the first is worked on.
+template <typename S, int kRounds>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
-  const int64_t n = image_index(), plane = job.height * job.width;
-  const int64_t pixel = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPixels;
-  if (n >= job.n || pixel >= plane) return;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel));
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
+  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kRounds * kThreads + threadIdx.x) * kPixels;
+  const auto pixel = [start](int round) { return start + round * kThreads * kPixels; };
+  const auto count = [plane, &pixel](int round) {
+    return static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel(round)));
+  };
+  S x[kRounds][3][kPixels];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (pixel(r) < plane) load<S>(job.image, first, plane, pixel(r), count(r), x[r]);
+  }
   const Prepared<S>& p = prepared[n];
-  S x[3][kPixels];
-  load<S>(job.image, 3 * n * plane, plane, pixel, count, x);
   const bool stained = job.stained && !p.stain.skip, grey = job.image.type == Element::kByte;
 #pragma unroll
-  for (int k = 0; k < kPixels; ++k) {
-    Rgb<S> v{x[0][k], x[1][k], x[2][k]};
-    if (stained) {
-      v = p.stain.value(v);
-    } else if (grey) {
-      v = {grey_to_unit(v.r), grey_to_unit(v.g), grey_to_unit(v.b)};
+  for (int r = 0; r < kRounds; ++r) {
+    if (pixel(r) >= plane) return;
+#pragma unroll
+    for (int k = 0; k < kPixels; ++k) {
+      Rgb<S> v{x[r][0][k], x[r][1][k], x[r][2][k]};
+      if (stained) {
+        v = p.stain.value(v);
+      } else if (grey) {
+        v = {grey_to_unit(v.r), grey_to_unit(v.g), grey_to_unit(v.b)};
+      }
+      v = p.finish(v);
+      x[r][0][k] = v.r, x[r][1][k] = v.g, x[r][2][k] = v.b;
     }
-    v = p.finish(v);
-    x[0][k] = v.r, x[1][k] = v.g, x[2][k] = v.b;
+    store<S>(job.out, first, plane, pixel(r), count(r), x[r]);
   }
-  store<S>(job.out, 3 * n * plane, plane, pixel, count, x);
 }
 
 // A tile of 32 x 32 pixels: 16 x 16 threads, each with the pixels (row + 16 (k / 2), column + 16 (k % 2)), k = 0..3.
@@ -272,12 +283,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
       const int chunk_height = min(most, rows.end - top), chunk_width = min(across, columns.end - left);
       __syncthreads();  // the chunk before has been read
       {
-        const Positions<S> positions(job, w, top, left);
-        for (int i = Tile::down(0); i < chunk_height; i += 16) {
-          for (int j = Tile::right(0); j < chunk_width; j += 16) {
+        const int down = Tile::down(0), right = Tile::right(0);
+        const Positions<S> positions(job, w, top + down, left + right);
+        for (int i = down; i < chunk_height; i += 16) {
+          for (int j = right; j < chunk_width; j += 16) {
             const int64_t pixel = static_cast<int64_t>(top + i) * width + left + j;
             Rgb<S> d = p.finish_vjp(load_one<S>(job.out, first, plane, pixel));
-            if (stained) d = p.stain.vjp(sample<S>(job.image, first, plane, positions.at(i, j)), d).d;
+            if (stained) {
+              d = p.stain.vjp(sample<S>(job.image, first, plane, positions.at(i - down, j - right)), d).d;
+            }
             const int at = i * chunk_width + j;
             gathered[0][at] = d.r, gathered[1][at] = d.g, gathered[2][at] = d.b;
           }
