@@ -19,8 +19,10 @@
 #     tifffile imagecodecs scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
 # (leave out what the machine has; other manylinux tags may be needed). Packages that must be compiled there, such as
 # stainx, are taken as source archives (.tar.gz) from the same folder. LIMIT=540 is the limit of the whole in seconds;
-# PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these.
+# PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these
+# and SHAPES=64x64 measures only these patches.
 set -u -o pipefail
+SHAPES=${SHAPES:-}
 
 CPU=
 if [ "${1:-}" = --cpu ]; then CPU=1; shift; fi
@@ -108,7 +110,7 @@ profile() {  # FILE SHAPES BACKENDS: every operator, by these backends and the p
   local packages
   packages=$("$PYTHON" -c 'from histodd_bench.profile.peers import PACKAGES
 print("".join(f",{name}" for name, p in PACKAGES.items() if p.installed and "cuda" in p.devices))') || return
-  "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes "$2" --seconds 0.3 \
+  "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes "$2" --seconds 0.15 \
     --backends "$3$packages" --device cuda --out "$RESULTS/$1.json"
 }
 
@@ -132,7 +134,7 @@ PATCHES
 
 mkdir -p "$WORK/run" && cd "$WORK/run" || exit 2
 export -f wheels machine build sanitizer profile distill
-export CPU REPOSITORY RESULTS WHEELS PYTHON WORK DEVICE
+export CPU REPOSITORY RESULTS WHEELS PYTHON WORK DEVICE SHAPES
 phase wheels 60 bash -c wheels
 phase machine 30 bash -c machine
 if ! phase build 200 bash -c build; then
@@ -148,10 +150,10 @@ else
       --seconds 0.1 --backends compiled,reference,loop --device cpu --threads 1 --out "$RESULTS/profile.json"
     phase step 60 "$PYTHON" -m histodd_bench profile step --quick --seconds 0.1 --device cpu --threads 1 --out "$RESULTS/step.json"
   else
+    phase profile 120 bash -c 'profile profile "${SHAPES:-64x64,16x256,256x256}" "compiled,reference,plain,loop"'
+    phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
     phase memcheck 60 bash -c "sanitizer memcheck"
     phase racecheck 60 bash -c "sanitizer racecheck"
-    phase profile 120 bash -c 'profile profile 64x64,16x256,256x256 "compiled,reference,plain,loop"'
-    phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
   fi
   phase distill 60 bash -c distill
   [ -n "$CPU" ] || phase compile 120 bash -c 'profile compile 256x256 "compiled,torch.compile,torch.compile of loop"'

@@ -99,25 +99,31 @@ struct Tile {
   static __device__ __forceinline__ int right(int k) { return static_cast<int>(threadIdx.x) % 16 + 16 * (k % 2); }
 };
 
-// Where pixels near a first one of the output sample the image.
+// Where a pixel of the output samples the image, and every 16th below it and to its right. Whole pixels are kept apart,
+// so that what is left is small and exact.
 template <typename S>
 struct Positions {
-  Split<S> x, y;
-  S xi, xj, yi, yj;
+  Split<S> x, y, xi, xj, yi, yj;
   int height, width;
 
   __device__ __forceinline__ Positions(const Job& job, const Warp& w, int row, int column)
       : x(Split<S>::of(w.x0 + w.xi * row + w.xj * column)),
         y(Split<S>::of(w.y0 + w.yi * row + w.yj * column)),
-        xi(static_cast<S>(w.xi)),
-        xj(static_cast<S>(w.xj)),
-        yi(static_cast<S>(w.yi)),
-        yj(static_cast<S>(w.yj)),
+        xi(Split<S>::of(16 * w.xi)),
+        xj(Split<S>::of(16 * w.xj)),
+        yi(Split<S>::of(16 * w.yi)),
+        yj(Split<S>::of(16 * w.yj)),
         height(static_cast<int>(job.height)),
         width(static_cast<int>(job.width)) {}
-  __device__ __forceinline__ Corners<S> at(int down, int right) const {
-    const S i = static_cast<S>(down), j = static_cast<S>(right);
-    return {x.rest + i * xi + j * xj, x.origin, y.rest + i * yi + j * yj, y.origin, height, width};
+  // 16 i rows below and 16 j columns to the right.
+  __device__ __forceinline__ Corners<S> at(int i, int j) const {
+    const S a = static_cast<S>(i), b = static_cast<S>(j);
+    return {x.rest + a * xi.rest + b * xj.rest,
+            x.origin + i * xi.origin + j * xj.origin,
+            y.rest + a * yi.rest + b * yj.rest,
+            y.origin + i * yi.origin + j * yj.origin,
+            height,
+            width};
   }
 };
 
@@ -135,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < 4; ++k) {
     const int down = 16 * (k / 2), right = 16 * (k % 2);
     if (row + down >= job.height || column + right >= job.width) continue;
-    Rgb<S> v = sample<S>(job.image, first, plane, positions.at(down, right));
+    Rgb<S> v = sample<S>(job.image, first, plane, positions.at(k / 2, k % 2));
     if (stained) v = p.stain.value(v);
     store_one<S>(job.out, first, plane, (row + down) * job.width + column + right, p.finish(v));
   }
@@ -217,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
       if (row + down >= job.height || column + right >= job.width) continue;
       const int64_t pixel = (row + down) * job.width + column + right;
       const Rgb<S> d = p.finish_vjp(load_one<S>(job.out, first, plane, pixel));
-      sums.add(p.stain.vjp(sample<S>(job.image, first, plane, positions.at(down, right)), d));
+      sums.add(p.stain.vjp(sample<S>(job.image, first, plane, positions.at(k / 2, k % 2)), d));
     }
   }
   sums.write(job.partial + 12 * (n * job.blocks + blockIdx.x));
@@ -285,14 +291,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
       {
         const int down = Tile::down(0), right = Tile::right(0);
         const Positions<S> positions(job, w, top + down, left + right);
-        for (int i = down; i < chunk_height; i += 16) {
-          for (int j = right; j < chunk_width; j += 16) {
-            const int64_t pixel = static_cast<int64_t>(top + i) * width + left + j;
+        for (int i = 0; down + 16 * i < chunk_height; ++i) {
+          for (int j = 0; right + 16 * j < chunk_width; ++j) {
+            const int row = down + 16 * i, column = right + 16 * j;
+            const int64_t pixel = static_cast<int64_t>(top + row) * width + left + column;
             Rgb<S> d = p.finish_vjp(load_one<S>(job.out, first, plane, pixel));
-            if (stained) {
-              d = p.stain.vjp(sample<S>(job.image, first, plane, positions.at(i - down, j - right)), d).d;
-            }
-            const int at = i * chunk_width + j;
+            if (stained) d = p.stain.vjp(sample<S>(job.image, first, plane, positions.at(i, j)), d).d;
+            const int at = row * chunk_width + column;
             gathered[0][at] = d.r, gathered[1][at] = d.g, gathered[2][at] = d.b;
           }
         }
