@@ -41,6 +41,7 @@ DEVICE=cuda; [ -n "$CPU" ] && DEVICE=cpu
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HISTODD_CACHE=$WORK/cache
 export PYTHONPATH=$WORK/wheels:$WORK/site
+export HISTODD_COMMIT=${HISTODD_COMMIT:-$(git -C "$REPOSITORY" rev-parse HEAD 2> /dev/null)}
 
 record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$PHASES"; printf '%-14s %-12s %4s s  %s\n' "$1" "$2" "$3" "$4"; }
 
