@@ -19,7 +19,6 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
     if args.show:
         show(read_record(args.show))
         return 0
-    import torch
 
     from histodd_bench.environment import configure
     from histodd_bench.profile.problems import DEFAULT_DTYPES, DTYPES, OPERATORS, QUICK_SHAPES, SHAPES
