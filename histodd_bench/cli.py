@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from histodd_bench.errors import HistoddError, UsageError, unknown_name
+from histodd_bench.files import cache_folder
 from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from histodd_bench.tables import Table
 
 FORMATS = ("rich", "markdown", "latex", "csv", "json")
-
-
-def cache_folder() -> Path:
-    """Where data and networks are kept between runs: ``HISTODD_CACHE``, or ``histodd-bench`` in the user's cache folder."""
-    named = os.environ.get("HISTODD_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "histodd-bench"
 
 
 MOST_WORKERS = 8  # by default: every process holds torch and its own batches

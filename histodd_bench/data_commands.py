@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.errors import UsageError, unknown_name
+from histodd_bench.files import cache_folder
 
 _EXPORTS = ("clam", "imagefolder")
 
@@ -279,7 +280,6 @@ def _prepared_lines(folder: Path) -> list[str]:
 
 
 def _stains(args: argparse.Namespace) -> int:
-    from histodd_bench.cli import cache_folder
     from histodd_bench.data import load_dataset, store
     from histodd_bench.data.prepared import is_prepared
     from histodd_bench.data.stain_report import PATCHES, spread, stain_rows, write_report

@@ -26,10 +26,10 @@ from histodd_bench.data.annotations import polygon_mask, read_asap
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.data.images import resize
 from histodd_bench.data.pyramid import write_pyramid
-from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, locked
+from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.tissue import tissue_mask
 from histodd_bench.errors import HistoddError, UsageError
-from histodd_bench.files import digest, write_text
+from histodd_bench.files import digest, locked, write_text
 
 CLASSES = ("normal", "tumour")
 CENTRES = ("centre A", "centre B")
