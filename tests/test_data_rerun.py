@@ -1,5 +1,6 @@
 """data prepare again: finished slides are kept, through shards, interruptions, failed slides and other settings."""
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -8,14 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from prepared_slides import fingerprints, prepared
+from prepared_slides import fingerprints, prepared, silent
 from slide_makers import project
 from tiny_project import environment
 
 from histodd_bench import cli
-from histodd_bench.data import store
+from histodd_bench.data import load_dataset, slides, store
 from histodd_bench.data.jobs import Tiling
-from histodd_bench.errors import UsageError
+from histodd_bench.data.prepared import prepare
+from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.files import move_folder
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,89 @@ def test_ctrl_c_ends_all_workers(root: Path, tmp_path: Path) -> None:
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 or "ready" in text
     assert process.returncode != 130 or "interrupted: nothing is lost" in text
+
+
+@pytest.mark.parametrize("slides_left", [True, False])
+def test_a_slide_that_fails_again_leaves_the_set_as_it_is_and_is_told_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], slides_left: bool
+) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(root, mine)
+    (mine / "s5.tif").write_bytes(b"II*\0 no slide")
+    command = ["data", "prepare", "slides", "--root", str(mine), "--out", str(out), "--image-size", "64"]
+    assert cli.main([*command, "--workers", "1"]) == 0
+    capsys.readouterr()
+    if not slides_left:
+        shutil.rmtree(out / "slides")  # a user who has given the slide up
+    kept = [out / "dataset.json", out / "template.json", *(out / "train").iterdir(), *(out / "test").iterdir()]
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept}
+    assert cli.main([*command, "--workers", "1"]) == 0
+    text = capsys.readouterr()
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in kept} == before
+    assert "1 slides read in" in text.out and "ready: run table1" in text.out
+    assert "not used: s5.tif: not a slide that OpenSlide reads" in text.err
+    assert "already prepared; 1 slides still cannot be used" in text.err
+
+
+def test_slides_of_other_settings_or_another_data_set_are_not_mixed_and_not_lost(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepared(root, out, share=(1, 2))
+    there = sorted(out.rglob("meta.json"))
+    assert len(there) == 3
+    for other in ({"tiling": Tiling(size=128, mpp=1.0)}, {"size": 32}):
+        for share in ((2, 2), (1, 1)):
+            with pytest.raises(UsageError, match="extracted for another data set or with other settings"):
+                prepared(root, out, share=share, **other)
+    source = dataclasses.replace(slides.source(root, 0), name="tcga-idh")
+    with pytest.raises(UsageError, match="extracted for another data set"):
+        prepare(source, Tiling(size=256, mpp=1.0), 64, out, progress=silent())
+    assert sorted(out.rglob("meta.json")) == there
+    assert prepared(root, out).new == 3
+
+
+def test_a_store_is_whole_at_any_moment_while_it_is_replaced(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What deletes files is stopped half-way, as a power failure would: the new store is there, and a rerun is not refused."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.copytree(whole / "test", tmp_path / "new")
+
+    def stopped(path: Path, **options: object) -> None:
+        if Path(path).exists():
+            (Path(path) / "meta.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        move_folder(tmp_path / "new", out / "train")
+    assert store.load(out / "train").fingerprint() == fingerprints(whole)[1]
+
+
+def test_one_side_of_the_split_is_refused_before_anything_is_read(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(root, mine)
+    table = (mine / "slides.csv").read_text()
+    for there, absent in (("train", "test"), ("test", "train")):
+        (mine / "slides.csv").write_text(table.replace(f",{absent},", f",{there},"))
+        for more in ([], ["--dry-run"], ["--shard", "1/2"]):
+            code = cli.main(["data", "prepare", "slides", "--root", str(mine), "--out", str(tmp_path / "o"), *more])
+            line = capsys.readouterr().err.strip()
+            assert code == 1 and f"slides: none of 6 slides is in the {absent} set" in line and "\n" not in line
+        with pytest.raises(HistoddError, match=f"in the {absent} set"):
+            load_dataset("slides", root=mine, image_size=32, cache=tmp_path / "c", progress=silent())
+    assert not (tmp_path / "o").exists()
+
+
+def test_test_slides_that_give_no_patch_are_an_error(root: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(root, mine)
+    for name in ("s4.tif", "s5.tif"):
+        (mine / name).write_bytes(b"II*\0 no slide")
+    with pytest.raises(HistoddError, match=r"slides: there is no test patch; 2 slides could not be used: s4.tif"):
+        prepared(mine, tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    shutil.copy(root / "s4.tif", mine / "s4.tif")
+    assert prepared(mine, tmp_path / "out").new == 2
