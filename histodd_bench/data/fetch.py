@@ -3,6 +3,7 @@
 import gzip
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from histodd_bench.files import PARTIAL, writing
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+_LARGEST_LIST = 1 << 24  # bytes; 200,000 files
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def remote_files(name: str) -> list[Remote]:
     """
     if name not in REMOTES:
         raise HistoddError(f"{name} cannot be downloaded by a program: {FACTS[name].where}")
+    _pooch()  # says what to install before a server is asked
     return REMOTES[name](_read_text)
 
 
@@ -163,9 +166,19 @@ def _request(url: str, first: int = 0) -> Any:
 
 
 def _read_text(url: str) -> str:
-    _pooch()
+    """A list of checksums; nothing is kept of one that does not end."""
+    import requests
+
+    content = b""
     with _request(url) as answer:
-        return str(answer.content[: 1 << 24].decode("utf-8", "replace"))
+        try:
+            for chunk in answer.iter_content(1 << 16):
+                content += chunk
+                if len(content) > _LARGEST_LIST:
+                    raise HistoddError(f"{url} is larger than any list of checksums: try again later")
+        except requests.RequestException as error:
+            raise HistoddError(f"{url} broke off ({type(error).__name__}): try again") from None
+    return content.decode("utf-8", "replace")
 
 
 def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
@@ -202,10 +215,21 @@ def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
 def _unpack(packed: Path, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     try:
-        with gzip.open(packed, "rb") as source, writing(target), open(partial, "wb") as file:
-            shutil.copyfileobj(source, file, _CHUNK)
-    except (EOFError, gzip.BadGzipFile) as error:
+        with writing(target):
+            file = open(partial, "wb")
+        with file, gzip.open(packed, "rb") as source:
+            while chunk := _read(source, packed):
+                with writing(target):
+                    file.write(chunk)
+        with writing(target):
+            partial.replace(target)
+            packed.unlink()
+    finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(source: gzip.GzipFile, packed: Path) -> bytes:
+    try:
+        return source.read(_CHUNK)
+    except (EOFError, OSError, zlib.error) as error:
         raise HistoddError(f"{packed} is damaged ({error}): delete it and fetch it again") from None
-    partial.replace(target)
-    packed.unlink()

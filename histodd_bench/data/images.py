@@ -233,7 +233,9 @@ def write_stores(
                         f"{printable(root)}: class {name!r} has no readable training image; {_skips(left_out, total, root)}"
                     )
             if split == "test" and not any(counts):
-                raise HistoddError(f"{printable(root)}: there is no readable test image; {_skips(left_out, total, root)}")
+                raise HistoddError(
+                    f"{printable(root)}: there is no readable test image; {_skips(left_out, total, root)}"
+                )
     return [_skips(left_out, total, root)] if left_out else []
 
 
