@@ -149,7 +149,14 @@ def test_what_is_missing_or_twice_is_said(tmp_path: Path) -> None:
                      "1 tumour slides have no <slide>.xml and are left out: tumor_001", "1 test slides are not in reference.csv",
                      "no metadata.csv"):  # fmt: skip
         assert expected in notes
-    assert {job.slide for job in found.jobs} == {"normal_001", "normal_101", "tumor_010", "test_001", "test_003"}
+    assert {job.slide for job in found.jobs} == {
+        "normal_001",
+        "normal_101",
+        "tumor_010",
+        "test_001",
+        "test_003",
+        "test_114",
+    }
     assert found.centres == ()
 
 
