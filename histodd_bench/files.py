@@ -25,16 +25,34 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, read-only, no permission) into one clear line. Wrap writes only."""
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turn a failed write (disk full, read-only, no permission) into one clear line. Wrap writes only.
+
+    Args:
+        option: what names another place; for a path in the cache folder it is HISTODD_CACHE.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        how = "HISTODD_CACHE" if path.absolute().is_relative_to(cache_folder().absolute()) else "--out"
+        how = "HISTODD_CACHE" if path.absolute().is_relative_to(cache_folder().absolute()) else option
         raise HistoddError(
             f"cannot write {path}: {reason}: free some space or choose another folder with {how}"
         ) from error
+
+
+def require_writable(path: Path, option: str = "--out") -> None:
+    """Make sure that a file can be written, before what is to be written is computed; leaves nothing but its folder.
+
+    Raises:
+        HistoddError: it cannot.
+    """
+    new = not path.exists()
+    with writing(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if new:
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

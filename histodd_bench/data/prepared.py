@@ -193,18 +193,6 @@ def _resized(patches: PatchSet, size: int, target: Path, workers: int, advance: 
         writer.finish()
 
 
-def check_share(text: str) -> tuple[int, int]:
-    """``i/n`` as numbers, 1 <= i <= n.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    left, slash, right = text.partition("/")
-    if slash and left.isdigit() and right.isdigit() and 1 <= int(left) <= int(right):
-        return int(left), int(right)
-    raise UsageError(f"--shard must be i/n with 1 <= i <= n, e.g. 2/8, got {text!r}")
-
-
 def require_other(out: Path, root: Path | None) -> None:
     """Refuse to write into the folder that is read.
 
