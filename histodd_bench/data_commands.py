@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.errors import UsageError, unknown_name
-from histodd_bench.files import cache_folder
+from histodd_bench.files import cache_folder, require_writable
 
 _EXPORTS = ("clam", "imagefolder")
 
@@ -273,10 +273,13 @@ def _prepared_lines(folder: Path) -> list[str]:
     size = train.image_size[0]
     lines = _table(f"prepared in {folder}, {size} px", rows)
     if (folder / FILE).is_file():
-        kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        of = f" of {kept['slide']}, at ({kept['x']}, {kept['y']})" if "slide" in kept else ""
-        lines.append(f"  stain template: training patch {kept['index']}{of}")
-    return lines + [f"  note: {note}" for note in described.get("notes", [])]
+        try:
+            kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            of = f" of {kept['slide']}, at ({kept['x']}, {kept['y']})" if "slide" in kept else ""
+            lines.append(f"  stain template: training patch {kept['index']}{of}")
+        except (OSError, ValueError, KeyError, TypeError):
+            lines.append(f"  stain template: {FILE} is damaged and not used; it is found again whenever it is needed")
+    return lines + [f"  note: {note}" for note in described.get("notes") or ()]
 
 
 # ---- stains ----------------------------------------------------------------------------------------------------------
@@ -289,6 +292,7 @@ def _stains(args: argparse.Namespace) -> int:
     from histodd_bench.progress import Progress
 
     root = _root(args)
+    require_writable(args.out / "stains.csv")
     size = args.image_size
     if size is None:
         stored = root is not None and is_prepared(root)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,21 @@ def test_foreign_coordinates_are_refused_with_the_reason(root: Path, whole: Path
     assert outcome.failed["s1.tif"].startswith("no CLAM coordinates")
     assert "outside the slide" in outcome.failed["s2.tif"]
     assert "512 level-0 pixels wide (512 microns), 256" in outcome.failed["s3.tif"]
+
+
+def test_damaged_descriptions_are_one_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    for text in ("{", "[]", '{"index": 3, "slide": "s0.tif"}'):
+        (out / "template.json").write_text(text)
+        assert cli.main(["data", "info", "slides", "--root", str(out)]) == 0
+        assert "template.json is damaged and not used" in capsys.readouterr().out
+    described = json.loads((out / "dataset.json").read_text())
+    for wrong in ({"settings": None}, {"slides": {"s0.tif": {"levels": [], "mpp": 1}, "s1.tif": {"levels": [1]}}}):
+        (out / "dataset.json").write_text(json.dumps({**described, **wrong}))
+        assert cli.main(["data", "export", str(out), "--to", "clam", "--out", str(tmp_path / "h5")]) == 1
+        line = capsys.readouterr().err.strip()
+        assert "dataset.json is damaged" in line and "\n" not in line
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", ".hidden", "", "x" * 300, "ä ö", "..", "-rf"])

@@ -76,6 +76,15 @@ def test_pcam_without_tables_warns(tmp_path: Path) -> None:
     assert any(note.startswith("WARNING: no ..._meta.csv") for note in data.notes) and len(data.train.group_names) == 6
 
 
+def test_an_empty_test_set_is_refused(tmp_path: Path) -> None:
+    write_pcam(tmp_path / "p", {"train": 20, "test": 2}, meta=False)
+    for what, shape in (("x", (0, 96, 96, 3)), ("y", (0, 1, 1, 1))):
+        _rewrite(tmp_path / "p" / pcam.name("test", f"{what}.h5"), what, np.zeros(shape, np.uint8))
+    with pytest.raises(HistoddError, match="pcam: there is no test patch: nothing could be scored"):
+        load("pcam", tmp_path / "p", 32, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
 def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pcam(tmp_path / "p", {"train": 6, "test": 4})
     assert cli.main(["data", "info", "pcam", "--root", str(tmp_path / "p")]) == 0
