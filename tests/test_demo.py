@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from histodd_bench.data import annotations, demo, load_dataset
 from histodd_bench.data.demo import DemoParams
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.data.prepared import prepare_files
-from histodd_bench.errors import UsageError
+from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.progress import Progress
 
 SMALL = DemoParams(train_slides=4, test_slides=2, side=416.0)
@@ -165,3 +166,14 @@ def test_a_prepared_demo_is_read_where_it_is_and_no_other_folder_is(tmp_path):
     assert not (tmp_path / "cache").exists(), "nothing is drawn"
     with pytest.raises(UsageError, match="'demo' is drawn: it reads no --data-root"):
         load_dataset("demo", root=tmp_path, **options)
+
+
+def test_a_drawing_process_that_is_killed_is_an_error_and_no_standstill(tmp_path):
+    jobs = [(tmp_path, SMALL, 0, index) for index in range(6)]
+    drawing = demo._run(jobs, 2)
+    next(drawing)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(HistoddError, match="process that draws slides died|ended while starting"):
+        list(drawing)
+    assert not multiprocessing.active_children()
