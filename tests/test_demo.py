@@ -174,6 +174,6 @@ def test_a_drawing_process_that_is_killed_is_an_error_and_no_standstill(tmp_path
     next(drawing)
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(HistoddError, match="process that draws slides died|ended while starting"):
+    with pytest.raises(HistoddError, match=r"process that draws slides died|ended while starting"):
         list(drawing)
     assert not multiprocessing.active_children()
