@@ -280,6 +280,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise unknown_name("format", args.format, FORMATS)
     if not args.set.is_dir():
         raise UsageError(f"{args.set} is not a folder: give a saved set or a folder of images <class>/*")
+    if args.dataset and len(args.dataset) > 1:
+        raise UsageError("--dataset: a set is evaluated on one data set at a time")
     request = replace(make_requests(args, None, args.out or Path("runs") / "evaluate")[0], methods=(), ipc=())
 
     from histodd_bench import render

@@ -69,9 +69,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         options["allow_abbrev"] = False
         super().__init__(*args, **options)
+        self.idle: set[str] = set()  # options of other commands that would do nothing with this one
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"unrecognized arguments: (\S+)|.*invalid choice: '([^']*)'", message)
+        if wrong and wrong[1] in self.idle:
+            raise UsageError(f"{wrong[1]} would do nothing here (see '{self.prog} --help')")
         known = list(self._option_string_actions)
         if wrong and wrong[2] is not None:
             message, known = f"unknown command {wrong[2]!r}", self.commands
@@ -98,6 +101,7 @@ _UNSCORED = ("methods", "archs", "eval_seeds")  # say nothing to commands that m
 def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()) -> None:
     """Options with the same name and meaning everywhere; ``without`` are those that would do nothing here."""
     parser.set_defaults(**dict.fromkeys(without))
+    parser.idle = {f"--{name.replace('_', '-')}" for name in without}
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset", type=names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
@@ -140,9 +144,12 @@ def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()
         help="processes that compute cells on a CPU, each with --threads threads, and read files (default: one per core)",
     )  # fmt: skip
     how.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table or command>)")
-    how.add_argument(
-        "--dry-run", action="store_true", help="time a sample of each phase and project the total; compute nothing else"
-    )
+    if "dry_run" not in without:
+        how.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="time a sample of each phase and project the total; compute nothing else",
+        )
     how.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
@@ -229,7 +236,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub = command("evaluate", "train on a saved set, or any folder of images <class>/*, and score it on a data set's test patches",
                   "example:\n  evaluate runs/sets/sets/SET --dataset demo --archs convnet-d3:64\n")  # fmt: skip
     sub.add_argument("set", type=Path, help="folder of the set")
-    _shared(sub, table=False, without=("methods", "ipc", "seeds", "distill_arch"))
+    _shared(sub, table=False, without=("methods", "ipc", "seeds", "distill_arch", "dry_run"))
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
 
     sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
@@ -261,9 +268,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "--images", type=Path, metavar="DIR", help="take patches from a folder's images (default: procedural)"
     )
     sub.add_argument("--seconds", type=positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
-    sub.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
+    sub.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: one per core)")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
     sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")

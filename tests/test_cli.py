@@ -58,7 +58,7 @@ def test_shared_options_have_the_same_names_wherever_they_do_something(capsys: p
               "--device --workers --out --set --threads --stain --debug --dry-run").split()  # fmt: skip
     making = ["--methods", "--archs", "--eval-seeds"]  # sets are made and not scored
     idle = {"run": [], "distill": making, "select": making, "distill-slides": making,
-            "evaluate": ["--ipc", "--methods", "--distill-arch", "--seeds"]}  # fmt: skip
+            "evaluate": ["--ipc", "--methods", "--distill-arch", "--seeds", "--dry-run"]}  # fmt: skip
     for name, without_effect in idle.items():
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
