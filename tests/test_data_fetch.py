@@ -21,7 +21,7 @@ from histodd_bench.data.fetch import REMOTES, Remote, fetch
 from histodd_bench.errors import HistoddError
 from histodd_bench.progress import Progress
 
-pytest.importorskip("requests")
+pytest.importorskip("pooch")
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
 
@@ -130,22 +130,6 @@ def test_a_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None
     with pytest.raises(HistoddError, match=r"a.bin: what http.* sent has another checksum than published"):
         get([Remote("a.bin", f"{server.url}/a.bin", md5(CONTENT))], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_while_the_checksum_is_computed_loses_nothing(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server.files["/a.bin"] = CONTENT
-    remote = Remote("a.bin", f"{server.url}/a.bin", md5(CONTENT))
-
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hashlib, "file_digest", interrupted)
-        get([remote], tmp_path)
-    assert get([remote], tmp_path) == [tmp_path / "a.bin"] and (tmp_path / "a.bin").read_bytes() == CONTENT
-    assert server.log == [("/a.bin", None), ("/a.bin", f"bytes={len(CONTENT)}-")], "it was not sent again"
 
 
 def test_packed_files_are_unpacked(server: Server, tmp_path: Path) -> None:
