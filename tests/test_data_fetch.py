@@ -268,3 +268,20 @@ def test_info_prints_it_beside_what_is_there(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["data", "info", "tcga-idh"]) == 0
     text = capsys.readouterr().out
     assert "17,686" in text and "1,191" in text and "149" in text and "where:" in text
+
+
+def test_ctrl_c_while_the_checksum_is_computed_loses_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/a.bin"] = CONTENT
+    remote = Remote("a.bin", f"{server.url}/a.bin", md5(CONTENT))
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pooch.core.hash_matches", interrupted)
+        get([remote], tmp_path)
+    assert get([remote], tmp_path) == [tmp_path / "a.bin"] and (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.log == [("/a.bin", None), ("/a.bin", f"bytes={len(CONTENT)}-")], "it was not sent again"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.bin"]

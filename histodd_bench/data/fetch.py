@@ -1,6 +1,7 @@
 """Downloading what is openly downloadable: resumed where it broke off, checked against published checksums."""
 
 import gzip
+import os
 import re
 import shutil
 import zlib
@@ -104,10 +105,15 @@ def fetch(files: list[Remote], out: Path, progress: Any) -> list[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
         title = f"{remote.name} ({number} of {len(files)})"
 
-        def download(url: str, output: str, _: Any, target: Path = target, title: str = title) -> None:
-            partial = target.with_name(target.name + PARTIAL)
+        partial = target.with_name(target.name + PARTIAL)  # stays until the checksum was right
+
+        def download(url: str, output: str, _: Any, partial: Path = partial, title: str = title) -> None:
             _resume(url, partial, title, progress)
-            shutil.move(partial, output)
+            Path(output).unlink()
+            try:
+                os.link(partial, output)
+            except OSError:  # a file system without links
+                shutil.copyfile(partial, output)
 
         try:
             pooch.retrieve(
@@ -116,9 +122,11 @@ def fetch(files: list[Remote], out: Path, progress: Any) -> list[Path]:
         except ValueError as error:
             if "hash" not in str(error).lower():
                 raise
+            partial.unlink(missing_ok=True)
             raise HistoddError(
                 f"{remote.name}: what {remote.url} sent has another checksum than published: try again later"
             ) from None
+        partial.unlink(missing_ok=True)
         if final != target:
             _unpack(target, final)
         done.append(final)
@@ -192,7 +200,8 @@ def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
     with answer:
         if answer.status_code == 200:
             first = 0
-        total = first + int(answer.headers.get("Content-Length") or 0)
+        length = answer.headers.get("Content-Length", "")
+        total = first + int(length) if length.isdecimal() else 0
         mega = 1 << 20
         with writing(partial):
             file = open(partial, "ab" if first else "wb")
