@@ -1,5 +1,5 @@
-// Division, logarithm and exponential to base 2, for optical densities: float by polynomial (the compiler vectorises it;
-// on CUDA the hardware's own), double by the C library. Absolute error of the logarithm and relative error of the
+// Division, logarithm and exponential to base 2, for optical densities: float by polynomial (the compiler vectorises
+// it; on CUDA the hardware's own), double by the C library. Absolute error of the logarithm and relative error of the
 // exponential stay under 3e-7 in float.
 #pragma once
 

@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t kRun = 16384;  // elements per unit of L1 and L2; a multiple of every pack
 
-// Calls f(r, s) for every element of the unit that belongs to this thread, reading 16 bytes at a time where it can, four
-// packs of each list before the first is used; flush() comes often enough that float32 partial sums stay short.
+// Calls f(r, s) for every element of the unit that belongs to this thread, reading 16 bytes at a time where it can,
+// four packs of each list before the first is used; flush() comes often enough that float32 partial sums stay short.
 template <typename T, typename F, typename Flush>
 __device__ void for_each(const T* r, const T* s, int64_t n, F f, Flush flush) {
   constexpr int kPack = Pack<T>::kSize;

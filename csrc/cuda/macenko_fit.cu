@@ -1,10 +1,10 @@
 // macenko_fit on CUDA, without host synchronisation, the bits independent of scheduling.
 // An image that fits into shared memory is fitted by one block, which reads it from device memory once. A larger one is
 // read three times: moments (and a sample of pixels), angles, concentrations. Either way, each of the latter two passes
-// keeps the few keys beyond a threshold guessed from a sample of the pixels, and one block selects among them. Only when
-// a guess was too tight or too loose, which four standard deviations of the sample's noise make rare, that block selects
-// among all pixels instead: of a large image with two more reads, or five (eight for float64) where very many keys are
-// nearly equal, and twice that for interpolated percentiles.
+// keeps the few keys beyond a threshold guessed from a sample of the pixels, and one block selects among them. Only
+// when a guess was too tight or too loose, which four standard deviations of the sample's noise make rare, that block
+// selects among all pixels instead: of a large image with two more reads, or five (eight for float64) where very many
+// keys are nearly equal, and twice that for interpolated percentiles.
 #include "../macenko_fit.h"
 
 #include <ATen/Dispatch.h>
@@ -21,10 +21,10 @@
 namespace histodd {
 namespace {
 
-constexpr int64_t kTile = 16384;        // pixels per block of a large image
-constexpr int64_t kSample = 4096;   // sampled pixels of an image, about, at most
-constexpr int64_t kDirect = 8192;   // pixels up to which an image in shared memory is selected from without a guess
-constexpr int64_t kKept = 2048;     // keys kept of each stream otherwise
+constexpr int64_t kTile = 16384;   // pixels per block of a large image
+constexpr int64_t kSample = 4096;  // sampled pixels of an image, about, at most
+constexpr int64_t kDirect = 8192;  // pixels up to which an image in shared memory is selected from without a guess
+constexpr int64_t kKept = 2048;    // keys kept of each stream otherwise
 
 // Every how many pixels one is sampled: odd, so that not always the same column is.
 inline int64_t sample_step(int64_t pixels) { return std::max<int64_t>(pixels / kSample, 16) | 1; }
@@ -175,9 +175,8 @@ __global__ void __launch_bounds__(kFitThreads<T>, 1)
     return;
   }
   const int64_t tissue = static_cast<int64_t>(s.tissue);
-  guess_thresholds(scratch.sampled(image), scratch.samples,
-                   AngleKeys<T>(s.plane, static_cast<T>(batch.options.beta)), angle_ranks(tissue, batch.options),
-                   tissue, batch.largest_density, s.select, state.from, state.kept);
+  guess_thresholds(scratch.sampled(image), scratch.samples, AngleKeys<T>(s.plane, static_cast<T>(batch.options.beta)),
+                   angle_ranks(tissue, batch.options), tissue, batch.largest_density, s.select, state.from, state.kept);
 }
 
 template <typename T>

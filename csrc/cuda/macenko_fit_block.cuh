@@ -163,8 +163,8 @@ __device__ BlockMoments block_moments(const Source& pixels, int64_t begin, int64
 }
 
 // By thread 0.
-static __device__ __noinline__ void decide_plane(const Moments& m, bool bad, int64_t pixels, const FitOptions& o, Plane& plane,
-                             double& tissue, int& outcome) {
+static __device__ __noinline__ void decide_plane(const Moments& m, bool bad, int64_t pixels, const FitOptions& o,
+                                                 Plane& plane, double& tissue, int& outcome) {
   tissue = m.count;
   outcome = -1;
   if (bad) {
@@ -184,13 +184,12 @@ __device__ Tails select_keys(const Source& source, const Keys& keys, int64_t n, 
                       key_bound(keys, 1, largest_density), ranks, linear, s);
 }
 
-// Thresholds that a little more than the wanted keys reach, from a sample of the pixels; count: how many keys are not NaN
-// among all pixels. The whole block; `from` and `kept` may lie in shared or in device memory and are written by threads 0
-// and 1.
+// Thresholds that a little more than the wanted keys reach, from a sample of the pixels; count: how many keys are not
+// NaN among all pixels. The whole block; `from` and `kept` may lie in shared or in device memory and are written by
+// threads 0 and 1.
 template <typename T, typename Source, typename Keys>
 __device__ void guess_thresholds(const Source& sample, int64_t samples, const Keys& keys, const TailRanks& ranks,
-                                 int64_t count, T largest_density, SelectShared& s, T* from,
-                                 unsigned long long* kept) {
+                                 int64_t count, T largest_density, SelectShared& s, T* from, unsigned long long* kept) {
   __shared__ int counted;
   if (threadIdx.x == 0) counted = 0;
   __syncthreads();
@@ -243,9 +242,9 @@ __device__ void keep_tails(const Source& source, const Keys& keys, int64_t begin
 
 // Selects among the kept keys; where these are too few or too many, among all.
 template <typename T, typename Source, typename Keys>
-__device__ Tails select_kept(const Source& source, const Keys& keys, int64_t pixels, const TailRanks& ranks, bool linear,
-                             T largest_density, SelectShared& s, const unsigned long long* kept, T* const* list,
-                             int64_t capacity) {
+__device__ Tails select_kept(const Source& source, const Keys& keys, int64_t pixels, const TailRanks& ranks,
+                             bool linear, T largest_density, SelectShared& s, const unsigned long long* kept,
+                             T* const* list, int64_t capacity) {
   const int64_t held[2] = {static_cast<int64_t>(kept[0]), static_cast<int64_t>(kept[1])};
   bool complete = true;
   for (int k = 0; k < 2; ++k) complete = complete && held[k] > ranks.from_top[k] && held[k] <= capacity;

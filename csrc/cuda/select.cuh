@@ -1,7 +1,7 @@
 // Exact selection of a pair of order statistics by one block: radix selection over histograms in shared memory.
 // The first digit of a key is its place on a linear scale, which spreads the keys of an image evenly over the bins. The
-// keys that share it with the one that is wanted are listed and ranked if they are few; otherwise the further digits are
-// those of the ordered bits. Integer atomics only, and no use of the order they give.
+// keys that share it with the one that is wanted are listed and ranked if they are few; otherwise the further digits
+// are those of the ordered bits. Integer atomics only, and no use of the order they give.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,7 +41,7 @@ __device__ __forceinline__ int find_bin(const unsigned* histogram, unsigned& ran
   const int lane = threadIdx.x % 32, top = kBins - 1 - lane * kStretch;
   unsigned sum = 0;
   for (int i = 0; i < kStretch; ++i) sum += histogram[top - (i + lane) % kStretch];  // every lane on a bank of its own
-  const auto up_to = [lane](unsigned v) {  // inclusive sum over the lanes
+  const auto up_to = [lane](unsigned v) {                                            // inclusive sum over the lanes
     for (int offset = 1; offset < 32; offset <<= 1) {
       const unsigned other = __shfl_up_sync(0xffffffffu, v, offset);
       if (lane >= offset) v += other;
@@ -143,7 +143,8 @@ __device__ void select_pair(const Read& read, int64_t n, T bound0, T bound1, con
         larger += keys[j] > keys[mine];
         equal += keys[j] == keys[mine];
       }
-      if (larger <= s.rank[k] && s.rank[k] < larger + equal) s.prefix[k] = keys[mine];  // the same by all that are equal
+      if (larger <= s.rank[k] && s.rank[k] < larger + equal)
+        s.prefix[k] = keys[mine];  // the same by all that are equal
     }
     __syncthreads();
     break;

@@ -162,7 +162,8 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
       need_stain ? at::empty_like(*stain, at::MemoryFormat::Contiguous) : at::empty_like(nothing);
   if (image.numel() == 0) return {grad_image, need_stain ? grad_stain.zero_() : grad_stain};
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Job job = make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= kLargePlane ? 4 : 1);
+  Job job =
+      make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= kLargePlane ? 4 : 1);
   if (need_image) job.grad_image = image_of(grad_image);
   at::Tensor partial;
   if (need_stain) {

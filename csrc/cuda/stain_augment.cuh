@@ -144,8 +144,8 @@ __device__ __forceinline__ Rgb<S> load_one(const Image& image, int64_t first, in
   return v;
 }
 
-// The four neighbours of a sampled pixel: first, first + right, first + below, first + right + below. An image has fewer
-// than 2^31 elements per channel here.
+// The four neighbours of a sampled pixel: first, first + right, first + below, first + right + below. An image has
+// fewer than 2^31 elements per channel here.
 template <typename S>
 struct Corners {
   unsigned first, right, below;

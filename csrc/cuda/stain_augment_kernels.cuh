@@ -19,9 +19,7 @@ struct Job {
 // The grid's first dimension runs over the parts of an image, the other two over the images.
 constexpr int64_t kImagesInGrid = 32768;
 
-__device__ __forceinline__ int64_t image_index() {
-  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-}
+__device__ __forceinline__ int64_t image_index() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
 
 template <typename S>
 __global__ void prepare_kernel(Small stain, Small warp, Small mean, Small std, const bool* valid, double io, int64_t n,
@@ -128,7 +126,7 @@ struct Positions {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 4)
     warped_forward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
   const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
   if (n >= job.n) return;
@@ -174,7 +172,9 @@ struct StainSums {
 
 // Without a warp. kSums: the gradient of [A|b] is wanted.
 template <typename S, bool kSums>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : kSums ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1
+                                            : kSums        ? 2
+                                                           : 3)
     backward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
   const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
   if (n >= job.n) return;
@@ -183,8 +183,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : kSums ? 2 : 3)
   StainSums<S> sums;
 #pragma unroll 1
   for (int round = 0; round < job.rounds; ++round) {
-    const int64_t pixel =
-        ((static_cast<int64_t>(blockIdx.x) * job.rounds + round) * kThreads + threadIdx.x) * kPixels;
+    const int64_t pixel = ((static_cast<int64_t>(blockIdx.x) * job.rounds + round) * kThreads + threadIdx.x) * kPixels;
     if (pixel >= plane) break;
     const int count = static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel));
     S g[3][kPixels], x[3][kPixels];
@@ -310,10 +309,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const double x = tile.column + Tile::right(k) - w.x0, y = tile.row + Tile::down(k) - w.y0;
-        const Range is = Range::around(static_cast<S>(inverse.ix * x + inverse.iy * y - top), reach_i, chunk_height,
-                                       inverse.usable);
-        const Range js = Range::around(static_cast<S>(inverse.jx * x + inverse.jy * y - left), reach_j, chunk_width,
-                                       inverse.usable);
+        const Range is =
+            Range::around(static_cast<S>(inverse.ix * x + inverse.iy * y - top), reach_i, chunk_height, inverse.usable);
+        const Range js =
+            Range::around(static_cast<S>(inverse.jx * x + inverse.jy * y - left), reach_j, chunk_width, inverse.usable);
         // How far the first of them samples from this pixel.
         const double i0 = top + is.begin, j0 = left + js.begin;
         S dx = static_cast<S>(w.xi * i0 + w.xj * j0 - x), dy = static_cast<S>(w.yi * i0 + w.yj * j0 - y);
