@@ -156,9 +156,21 @@ def extension_arguments() -> dict:
             ("HISTODD_CUDA_TOOLKIT", f'"{torch.version.cuda}"'),
         ]
         flags["nvcc"] = ["-O3", *os.environ.get("HISTODD_NVCC_FLAGS", "").split()]
+    link = []
+    if sys.platform.startswith("linux"):
+        # Where the compiler has its C++ library as an archive only, that copy must stay our own: half of its symbols
+        # would be taken from the copy that torch has loaded, and printing a number would crash.
+        link.append("-Wl,--exclude-libs,ALL")
     make = CUDAExtension if toolkit else CppExtension
     depends = [os.path.normpath(str(p)) for p in Path(here, "csrc").rglob("*.*h")]
-    extension = make("histodd_bench._C", sources, define_macros=macros, extra_compile_args=flags, depends=depends)
+    extension = make(
+        "histodd_bench._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=link,
+        depends=depends,
+    )
     extension.optional = True
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

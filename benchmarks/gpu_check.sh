@@ -19,8 +19,10 @@
 #     tifffile imagecodecs scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
 # (leave out what the machine has; other manylinux tags may be needed). Packages that must be compiled there, such as
 # stainx, are taken as source archives (.tar.gz) from the same folder. LIMIT=540 is the limit of the whole in seconds;
-# PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these.
+# PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these
+# and SHAPES=64x64 measures only these patches.
 set -u -o pipefail
+SHAPES=${SHAPES:-}
 
 CPU=
 if [ "${1:-}" = --cpu ]; then CPU=1; shift; fi
@@ -39,6 +41,7 @@ DEVICE=cuda; [ -n "$CPU" ] && DEVICE=cpu
 
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HISTODD_CACHE=$WORK/cache
 export PYTHONPATH=$WORK/wheels:$WORK/site
+export HISTODD_COMMIT=${HISTODD_COMMIT:-$(git -C "$REPOSITORY" rev-parse HEAD 2> /dev/null)}
 
 record() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$PHASES"; printf '%-14s %-12s %4s s  %s\n' "$1" "$2" "$3" "$4"; }
 
@@ -91,6 +94,7 @@ build() {
   HISTODD_EXTENSION=1 "$PYTHON" -m pip install -v --no-index --no-deps --no-build-isolation --no-compile --target "$WORK/site" "$WORK/source" || return
   if [ -n "$peers" ]; then wait "$peers" || { echo "source archives could not be built:"; tail -n 20 "$WORK/peers.log"; }; fi
   cp -r "$REPOSITORY"/{tests,benchmarks,pyproject.toml} "$WORK/run/"
+  ldd "$WORK"/site/histodd_bench/_C*.so | grep -E "stdc|gomp|cudart"
   "$PYTHON" -c 'from histodd_bench.ops._extension import build_info; print(build_info())'
 }
 
@@ -107,7 +111,7 @@ profile() {  # FILE SHAPES BACKENDS: every operator, by these backends and the p
   local packages
   packages=$("$PYTHON" -c 'from histodd_bench.profile.peers import PACKAGES
 print("".join(f",{name}" for name, p in PACKAGES.items() if p.installed and "cuda" in p.devices))') || return
-  "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes "$2" --seconds 0.3 \
+  "$PYTHON" -m histodd_bench profile stain_augment macenko_fit normalise gradient_distance --shapes "$2" --seconds 0.15 \
     --backends "$3$packages" --device cuda --out "$RESULTS/$1.json"
 }
 
@@ -131,7 +135,7 @@ PATCHES
 
 mkdir -p "$WORK/run" && cd "$WORK/run" || exit 2
 export -f wheels machine build sanitizer profile distill
-export CPU REPOSITORY RESULTS WHEELS PYTHON WORK DEVICE
+export CPU REPOSITORY RESULTS WHEELS PYTHON WORK DEVICE SHAPES
 phase wheels 60 bash -c wheels
 phase machine 30 bash -c machine
 if ! phase build 200 bash -c build; then
@@ -147,10 +151,10 @@ else
       --seconds 0.1 --backends compiled,reference,loop --device cpu --threads 1 --out "$RESULTS/profile.json"
     phase step 60 "$PYTHON" -m histodd_bench profile step --quick --seconds 0.1 --device cpu --threads 1 --out "$RESULTS/step.json"
   else
+    phase profile 120 bash -c 'profile profile "${SHAPES:-64x64,16x256,256x256}" "compiled,reference,plain,loop"'
+    phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
     phase memcheck 60 bash -c "sanitizer memcheck"
     phase racecheck 60 bash -c "sanitizer racecheck"
-    phase profile 120 bash -c 'profile profile 64x64,16x256,256x256 "compiled,compiled (deterministic),reference,plain,loop"'
-    phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
   fi
   phase distill 60 bash -c distill
   [ -n "$CPU" ] || phase compile 120 bash -c 'profile compile 256x256 "compiled,torch.compile,torch.compile of loop"'

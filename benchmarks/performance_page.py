@@ -26,7 +26,9 @@ compared with the float64 reference before it was timed. *plain* is a lean rewri
 public distillation code has it. Packages: torchstain 1.4.1, stainx 0.1.6 (GPL; `pip install --no-build-isolation
 stainx`), torch-staintools 1.0.7 (non-commercial licence; its parameter for the maximum concentration set to the 99th
 percentile, like everyone's). GB/s counts every input and result once; *of copy* is beside a copy of 256 MiB in the same
-run, and can exceed 100 % where data stay in a cache. *memory* is what a call takes on top of its inputs: on a CPU the
+run, and can exceed 100 % where data stay in a cache. On a GPU, *forward*, *backward* and *both* are what a user waits for,
+launches and Python included; *on device* is the GPU's own clock between the first and the last kernel, and *of copy*
+is by that. *memory* is what a call takes on top of its inputs: on a CPU the
 growth of the resident set, tensors and working memory. *beside compiled* is how many times as long as the compiled
 operator. On Linux a result beyond 32 MiB is new memory from the system at every call, whose first touch can take
 longer than the arithmetic; that is so for every backend.

@@ -15,7 +15,7 @@ DEVICE = torch.device("cpu" if "--cpu" in sys.argv else "cuda")
 
 
 def stain_augment_kernels() -> None:
-    """All input types and layouts, with and without a warp, forward and backward, both orders of summation."""
+    """All input types and layouts, with and without a warp, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     stain = (torch.eye(3, 4) + 0.1 * torch.randn(2, 3, 4, generator=generator)).to(DEVICE).requires_grad_()
     warps = (None, torch.tensor([[[0.9, -0.2, 0.1], [0.2, 1.1, 0]], [[-1, 0, 0], [0, 1, 0]]]).to(DEVICE))
@@ -28,11 +28,8 @@ def stain_augment_kernels() -> None:
         image = image.contiguous(memory_format=torch.channels_last) if last else image
         image = image.to(DEVICE).requires_grad_(dtype != torch.uint8)
         upstream = torch.ones(2, 3, *size).to(DEVICE)
-        for deterministic in (False, True):
-            torch.use_deterministic_algorithms(deterministic)
-            out = stain_augment(image, stain, warp, mean, std, valid=valid, channels_last=last)
-            torch.autograd.grad(out, [stain, image] if image.requires_grad else [stain], upstream.to(out.dtype))
-    torch.use_deterministic_algorithms(False)
+        out = stain_augment(image, stain, warp, mean, std, valid=valid, channels_last=last)
+        torch.autograd.grad(out, [stain, image] if image.requires_grad else [stain], upstream.to(out.dtype))
 
 
 def macenko_fit_kernels() -> None:

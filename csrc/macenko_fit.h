@@ -63,7 +63,7 @@ HISTODD_INLINE bool in_range(T x) {
 template <typename T>
 HISTODD_INLINE T angle_key(T x, T y) {
   const T sum = std::fabs(x) + std::fabs(y);
-  const T d = y / (sum > T(1e-30) ? sum : T(1e-30));
+  const T d = divide(y, sum > T(1e-30) ? sum : T(1e-30));
   return d * (x < T(0) ? T(-1) : T(1)) + std::copysign(x < T(0) ? T(2) : T(0), y);
 }
 

@@ -59,7 +59,7 @@ struct Stain {
     const S v = e.g > S(0) ? S(0) : g.g * exp2_of(e.g, range);
     const S b = e.b > S(0) ? S(0) : g.b * exp2_of(e.b, range);
     // One division for three: 1 / u_r = u_g u_b / (u_r u_g u_b).
-    const S ur = p * x.r + q, ug = p * x.g + q, ub = p * x.b + q, gb = ug * ub, f = p / (ur * gb);
+    const S ur = p * x.r + q, ug = p * x.g + q, ub = p * x.b + q, gb = ug * ub, f = divide(p, ur * gb);
     const Rgb<S> d = {(a[0] * r + a[3] * v + a[6] * b) * (f * gb), (a[1] * r + a[4] * v + a[7] * b) * (f * ur * ub),
                       (a[2] * r + a[5] * v + a[8] * b) * (f * ur * ug)};
     return {d, l, {r, v, b}};

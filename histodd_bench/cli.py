@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from histodd_bench.errors import HistoddError, UsageError, unknown_name
+from histodd_bench.files import cache_folder
 from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 FORMATS = ("rich", "markdown", "latex", "csv", "json")
 
 
-def cache_folder() -> Path:
-    """Where data and networks are kept between runs: ``HISTODD_CACHE``, or ``histodd-bench`` in the user's cache folder."""
-    named = os.environ.get("HISTODD_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "histodd-bench"
-
-
 MOST_WORKERS = 8  # by default: every process holds torch and its own batches
 
 
@@ -35,15 +28,28 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _data_root(given: "Sequence[str]", name: str) -> Path | None:
-    """The folder of a data set: what ``--data-root NAME=DIR`` says of it, else a plain ``--data-root DIR``."""
+def _data_roots(given: "Sequence[str]", names: "Sequence[str]") -> dict[str, Path | None]:
+    """Folders of data sets: what ``--data-root NAME=DIR`` says of each, else a plain ``--data-root DIR``."""
     from histodd_bench.data import DATASETS
 
-    pairs = [text.partition("=") for text in given]
-    named = {key: folder for key, equals, folder in pairs if equals and key in DATASETS}
-    plain = [text for text, (key, equals, _) in zip(given, pairs, strict=True) if not (equals and key in DATASETS)]
-    found = named.get(name) or (plain[-1] if plain else None)
-    return Path(found) if found is not None else None
+    pairs = [(text, *text.partition("=")[::2]) for text in given]
+    named = {key: Path(folder) for text, key, folder in pairs if "=" in text and key in DATASETS}
+    plain = [Path(text) for text, key, _ in pairs if not ("=" in text and key in DATASETS)]
+    unused = [name for name in named if name not in names]
+    if unused:
+        raise UsageError(f"--data-root {unused[0]}=...: --dataset does not name {unused[0]}")
+    if len(plain) > 1:
+        raise UsageError("--data-root is given twice without a name: say NAME=DIR for each data set")
+    reading = [name for name in names if DATASETS[name].needs_root]
+    found: dict[str, Path | None] = dict.fromkeys(names)
+    for name in names:
+        if name in named:
+            found[name] = named[name]
+        elif plain and (name in reading or not reading):  # beside one that reads files, a drawn one needs none
+            found[name] = plain[0]
+        elif name in reading:
+            raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
+    return found
 
 
 def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) -> "list[Request]":
@@ -61,8 +67,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     for name in names:
         if name not in DATASETS:
             raise unknown_name("dataset", name, DATASETS)
-        if DATASETS[name].needs_root and _data_root(args.data_root, name) is None:
-            raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
+    roots = _data_roots(args.data_root, names)
     asked = args.methods or (tuple(dict.fromkeys(c.method for c in table.columns)) if table else ())
     stain = args.stain or options.get("stain") or preset.stain
     ipc = args.ipc or options.get("ipc") or (table.ipc if table else None) or preset.ipc
@@ -77,8 +82,8 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
         from histodd_bench.mil.requirements import check_request
 
         overrides = presets.with_defaults(table.fields.get(preset.name, {}), overrides)
-        slides = SlideOptions(check_models(args.mil or table.models), args.encoder, args.encoder_weights, args.engine,
-                              dict(args.engine_options), args.workers)  # fmt: skip
+        slides = SlideOptions(check_models(args.mil or table.models), args.encoder or "auto", args.encoder_weights,
+                              args.engine or "local", dict(args.engine_options), args.workers)  # fmt: skip
         check_request(slides, image_size, args.device, out)
     return [
         Request(
@@ -96,7 +101,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             device=args.device,
             out=out,
             cache=cache_folder(),
-            data_root=_data_root(args.data_root, name),
+            data_root=roots[name],
             split_seed=args.split_seed,
             workers=args.workers or min(_cores(), MOST_WORKERS),
             overrides=overrides,
@@ -108,10 +113,16 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
 
 
 def _run(args: argparse.Namespace) -> int:
-    from histodd_bench.tables import TABLES, get_table
+    from histodd_bench.tables import TABLES, SlideTable, get_table
 
     names = list(TABLES) if args.table == "all" else [n.strip() for n in args.table.split(",")]
     tables = [get_table(name) for name in names]
+    options = {"mil": "--mil", "encoder": "--encoder", "encoder_weights": "--encoder-weights", "engine": "--engine",
+               "engine_options": "--engine-option"}  # fmt: skip
+    given = [option for name, option in options.items() if getattr(args, name)]
+    if given and not any(isinstance(table, SlideTable) for table in tables):
+        known = ", ".join(name for name, table in TABLES.items() if isinstance(table, SlideTable))
+        raise UsageError(f"{given[0]} is for tables of slide-level models: {known}")
     out = args.out or Path("runs") / (tables[0].name if len(tables) == 1 else "all")
     requests = {table.name: make_requests(args, table, out) for table in tables}
 
@@ -166,6 +177,8 @@ def _show(args: argparse.Namespace) -> int:
     table = get_table(args.table)
     if args.format not in FORMATS:
         raise unknown_name("format", args.format, FORMATS)
+    if args.predictions and args.format != "json":
+        raise UsageError("--predictions is for --format json: tables show none")
     out = args.out or Path("runs") / table.name
 
     from histodd_bench import layout, render, results
@@ -272,6 +285,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise unknown_name("format", args.format, FORMATS)
     if not args.set.is_dir():
         raise UsageError(f"{args.set} is not a folder: give a saved set or a folder of images <class>/*")
+    if args.dataset and len(args.dataset) > 1:
+        raise UsageError("--dataset: a set is evaluated on one data set at a time")
     request = replace(make_requests(args, None, args.out or Path("runs") / "evaluate")[0], methods=(), ipc=())
 
     from histodd_bench import render
@@ -289,8 +304,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from histodd_bench import report
 
-    target = args.out
-    print(report.follow(args.run, target, seconds=args.every) if args.follow else report.write_report(args.run, target))
+    if args.every is not None and not args.follow:
+        raise UsageError("--every is how often --follow writes: it does nothing without")
+    every = args.every or 10
+    print(report.follow(args.run, args.out, seconds=every) if args.follow else report.write_report(args.run, args.out))
     return 0
 
 
@@ -321,7 +338,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from histodd_bench.profile.command import run_profile
 
-    return run_profile(args, args.threads or _cores())
+    return run_profile(args, _cores())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

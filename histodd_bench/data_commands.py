@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.errors import UsageError, unknown_name
+from histodd_bench.files import cache_folder, require_writable
 
 _EXPORTS = ("clam", "imagefolder")
 
@@ -35,14 +36,16 @@ def _start_workers() -> None:
 
 def _root(args: argparse.Namespace) -> Path | None:
     from histodd_bench.data import DATASETS
+    from histodd_bench.data.prepared import is_prepared
 
-    if not DATASETS[args.name].needs_root:
-        return None
-    if args.root is None:
-        raise UsageError(f"dataset {args.name!r} reads your files: say where they are with --root")
-    if not args.root.is_dir():
-        raise UsageError(f"--root {args.root} is not a folder")
-    root: Path = args.root
+    root: Path | None = args.root
+    if root is not None and not root.is_dir():
+        raise UsageError(f"--root {root} is not a folder")
+    if DATASETS[args.name].needs_root:
+        if root is None:
+            raise UsageError(f"dataset {args.name!r} reads your files: say where they are with --root")
+    elif root is not None and not is_prepared(root):
+        raise UsageError(f"dataset {args.name!r} is drawn: it reads no --root but a folder that 'data prepare' wrote")
     return root
 
 
@@ -51,14 +54,11 @@ def _root(args: argparse.Namespace) -> Path | None:
 
 def _prepare(args: argparse.Namespace) -> int:
     from histodd_bench.data import DATASETS
-    from histodd_bench.data.prepared import check_share, is_prepared, prepare, prepare_files, require_other
+    from histodd_bench.data.jobs import FilesJob
+    from histodd_bench.data.prepared import is_prepared, prepare, prepare_files, require_other
     from histodd_bench.progress import Progress
 
-    share = check_share(args.shard)
-    for option in ("image_size", "workers", "size", "stride"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UsageError(f"--{option.replace('_', '-')} must be a whole number above 0, got {value}")
+    share = args.shard
     entry, root = DATASETS[args.name], _root(args)
     require_other(args.out, root)
     if root is not None and is_prepared(root):
@@ -83,7 +83,14 @@ def _prepare(args: argparse.Namespace) -> int:
             )
         return _finish(args)
     assert root is not None
+    if args.dry_run and share != (1, 1):
+        raise UsageError("--dry-run looks at all slides: it does not go with --shard")
+    if args.coords is not None and (args.stride is not None or args.min_tissue is not None):
+        raise UsageError("--coords says where the patches are: --stride and --min-tissue do not go with it")
     source = entry.source(root, args.split_seed)
+    unused = [option for option in given if option != "--size"]
+    if unused and all(isinstance(job, FilesJob) for job in source.jobs):
+        raise UsageError(f"{unused[0]} is for slides that are cut up; {args.name} comes as patches")
     tiling = _tiling(args, source.tiling)
     size = args.image_size or (source.image_size if args.size is None else args.size)
     with Progress() as progress:
@@ -101,7 +108,7 @@ def _prepare(args: argparse.Namespace) -> int:
     for slide, reason in sorted(outcome.failed.items()):
         print(f"not used: {slide}: {reason}", file=sys.stderr)
     if share != (1, 1):
-        print(f"part {args.shard} is done; when all parts are, the same command without --shard collects them")
+        print(f"part {share[0]}/{share[1]} is done; when all parts are, the same command without --shard collects them")
         return 0
     return _finish(args)
 
@@ -123,8 +130,6 @@ _NATIVE = {"idc": 50, "pcam": 96, "pathmnist": 28, "demo": 128}  # px; their own
 def _tiling(args: argparse.Namespace, default: Any) -> Any:
     if args.magnification is not None and args.target_mpp is not None:
         raise UsageError("--magnification and --target-mpp say the same: give one of them")
-    if args.magnification is not None and args.magnification <= 0:
-        raise UsageError(f"--magnification must be above 0, got {args.magnification:g}")
     if args.coords is not None and not args.coords.is_dir():
         raise UsageError(f"--coords {args.coords} is not a folder")
     target = 10 / args.magnification if args.magnification is not None else args.target_mpp
@@ -194,8 +199,7 @@ def _info(args: argparse.Namespace) -> int:
             *_table("the paper's supplementary Table 1", [("patches", *printed[:2]), ("slides", *printed[2:])]),
         ]
     if args.root is not None:
-        if not args.root.is_dir():
-            raise UsageError(f"--root {args.root} is not a folder")
+        _root(args)
         lines.append("")
         if is_prepared(args.root):
             lines += _prepared_lines(args.root)
@@ -269,23 +273,26 @@ def _prepared_lines(folder: Path) -> list[str]:
     size = train.image_size[0]
     lines = _table(f"prepared in {folder}, {size} px", rows)
     if (folder / FILE).is_file():
-        kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        of = f" of {kept['slide']}, at ({kept['x']}, {kept['y']})" if "slide" in kept else ""
-        lines.append(f"  stain template: training patch {kept['index']}{of}")
-    return lines + [f"  note: {note}" for note in described.get("notes", [])]
+        try:
+            kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            of = f" of {kept['slide']}, at ({kept['x']}, {kept['y']})" if "slide" in kept else ""
+            lines.append(f"  stain template: training patch {kept['index']}{of}")
+        except (OSError, ValueError, KeyError, TypeError):
+            lines.append(f"  stain template: {FILE} is damaged and not used; it is found again whenever it is needed")
+    return lines + [f"  note: {note}" for note in described.get("notes") or ()]
 
 
 # ---- stains ----------------------------------------------------------------------------------------------------------
 
 
 def _stains(args: argparse.Namespace) -> int:
-    from histodd_bench.cli import cache_folder
     from histodd_bench.data import load_dataset, store
     from histodd_bench.data.prepared import is_prepared
     from histodd_bench.data.stain_report import PATCHES, spread, stain_rows, write_report
     from histodd_bench.progress import Progress
 
     root = _root(args)
+    require_writable(args.out / "stains.csv")
     size = args.image_size
     if size is None:
         stored = root is not None and is_prepared(root)

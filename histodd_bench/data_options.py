@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from histodd_bench.option_types import count, part, positive, seed
+
 _PREPARE = """\
 examples:
   data prepare slides --root my_slides --out my_patches --magnification 20 --size 224
@@ -30,29 +32,33 @@ def add_data_options(parser: Any) -> None:
     sub.add_argument("--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
     sub.add_argument(
-        "--image-size", type=int, metavar="PX", help="side at which patches are stored (default: the data set's)"
+        "--image-size", type=count, metavar="PX", help="side at which patches are stored (default: the data set's)"
     )
     sub.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
+        "--split-seed", type=seed, default=0, metavar="N", help="seed of the split, where there is none (0)"
     )
     sub.add_argument(
-        "--workers", type=int, metavar="N", help="processes, one slide each at a time (default: one more than cores)"
+        "--workers", type=count, metavar="N", help="processes, one slide each at a time (default: one more than cores)"
     )
     sub.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="only the I-th of N parts of the slides; no collecting"
+        "--shard",
+        type=part,
+        default=(1, 1),
+        metavar="I/N",
+        help="only the I-th of N parts of the slides; no collecting",
     )
     sub.add_argument("--dry-run", action="store_true", help="say how many patches and bytes to expect; write nothing")
     tiles = sub.add_argument_group("how slides are cut up (defaults: the data set's)")
-    tiles.add_argument("--size", type=int, metavar="PX", help="side of a patch in pixels at the target scale")
+    tiles.add_argument("--size", type=count, metavar="PX", help="side of a patch in pixels at the target scale")
     tiles.add_argument(
-        "--magnification", type=float, metavar="X", help="target scale: 40 is 0.25 microns per pixel, 5 is 2"
+        "--magnification", type=positive, metavar="X", help="target scale: 40 is 0.25 microns per pixel, 5 is 2"
     )
-    tiles.add_argument("--target-mpp", type=float, metavar="MPP", help="target scale in microns per pixel, instead")
+    tiles.add_argument("--target-mpp", type=positive, metavar="MPP", help="target scale in microns per pixel, instead")
     tiles.add_argument(
-        "--mpp", type=float, metavar="MPP", help="scale of level 0 of all slides, whatever their files say"
+        "--mpp", type=positive, metavar="MPP", help="scale of level 0 of all slides, whatever their files say"
     )
     tiles.add_argument(
-        "--stride", type=int, metavar="PX", help="distance between patches at the target scale (default: --size)"
+        "--stride", type=count, metavar="PX", help="distance between patches at the target scale (default: --size)"
     )
     tiles.add_argument("--min-tissue", type=float, metavar="SHARE", help="keep patches with more tissue than this")
     tiles.add_argument(
@@ -69,7 +75,7 @@ def add_data_options(parser: Any) -> None:
         "--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote"
     )
     sub.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
+        "--split-seed", type=seed, default=0, metavar="N", help="seed of the split, where there is none (0)"
     )
 
     sub = command("fetch", "download a data set that is openly available, or say where to get it")
@@ -82,11 +88,13 @@ def add_data_options(parser: Any) -> None:
         "--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for stains.csv and stains.png")
-    sub.add_argument("--image-size", type=int, metavar="PX", help="side of the patches (default: as prepared, or 256)")
     sub.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="seed of the split, where there is none (0)"
+        "--image-size", type=count, metavar="PX", help="side of the patches (default: as prepared, or 256)"
     )
-    sub.add_argument("--workers", type=int, metavar="N", help="processes that read files (default: one per core)")
+    sub.add_argument(
+        "--split-seed", type=seed, default=0, metavar="N", help="seed of the split, where there is none (0)"
+    )
+    sub.add_argument("--workers", type=count, metavar="N", help="processes that read files (default: one per core)")
 
     sub = command("export", "write a prepared data set as PNG folders or as coordinates for CLAM")
     sub.add_argument("root", type=Path, metavar="PREPARED", help="folder that 'prepare' wrote")

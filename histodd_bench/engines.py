@@ -5,27 +5,25 @@ that does one job, and a list of picklable jobs. It returns what went wrong, by 
 doing, nothing else.
 """
 
-import ctypes
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from histodd_bench.errors import HistoddError, UsageError, unknown_name
+from histodd_bench.workers import Report, run_workers
 
 Job = Hashable
 Opener = Callable[[str], Callable[[Any], None]]
 Failures = dict[Any, str]
 
-_PR_SET_PDEATHSIG = 1
 _POLL = 0.5  # seconds between looks at jobs of a cluster
 
 
@@ -111,75 +109,22 @@ def _attempt(do: Callable[[Any], None], job: Any) -> str | None:
 
 
 def _local(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[], None]) -> Failures:
-    context = multiprocessing.get_context("spawn")
-    queue, failures = deque(jobs), Failures()
-    processes: dict[Any, tuple[int, multiprocessing.process.BaseProcess]] = {}
-    doing: dict[Any, Any] = {}  # what each worker has in hand; absent before it is ready
-
-    def start(number: int) -> None:
-        ours, theirs = context.Pipe()
-        arguments = (opener, device_of(number, engine.device), theirs)
-        process = context.Process(target=_local_worker, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        processes[ours] = (number, process)
-
-    try:
-        for number in range(min(engine.workers, len(jobs))):
-            start(number)
-        while processes:
-            for connection in wait(list(processes)):
-                assert isinstance(connection, Connection)
-                number, process = processes[connection]
-                try:
-                    kind, text = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join(5)
-                    del processes[connection]
-                    if connection not in doing:
-                        raise HistoddError(
-                            f"a worker process ended while starting (exit code {process.exitcode}): try fewer --workers"
-                        ) from None
-                    failures[doing.pop(connection)] = f"its worker process ended (exit code {process.exitcode})"
-                    on_done()
-                    if queue:
-                        start(number)
-                    continue
-                if kind == "error":
-                    raise HistoddError(text)
-                if connection in doing:
-                    job = doing.pop(connection)
-                    if text is not None:
-                        failures[job] = text
-                    on_done()
-                if queue:
-                    doing[connection] = queue.popleft()
-                    connection.send((doing[connection],))
-                else:
-                    connection.send(None)
-                    processes.pop(connection)[1].join()
-    finally:
-        for _, process in processes.values():
-            process.kill()
+    failures = Failures()
+    events = run_workers(
+        _opened, jobs, engine.workers, arguments=lambda number: (opener, device_of(number, engine.device))
+    )
+    with closing(events):
+        for kind, index, value in events:
+            if kind == "died":
+                value = f"its worker process ended (exit code {value})"
+            if value is not None:
+                failures[jobs[index]] = value
+            on_done()
     return failures
 
 
-def _local_worker(opener: Opener, device: str, connection: Connection) -> None:
-    """A worker's life: it ends when told so or when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        try:
-            do = opener(device)
-        except HistoddError as error:
-            connection.send(("error", str(error)))
-            return
-        connection.send(("ready", None))
-        while (message := connection.recv()) is not None:
-            connection.send(("done", _attempt(do, message[0])))
-    except (EOFError, BrokenPipeError):
-        pass  # the parent is gone
+def _opened(opener: Opener, device: str, report: Report) -> Callable[[Any], str | None]:
+    return partial(_attempt, opener(device))
 
 
 # ---- SLURM, through submitit -------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where results are computed: the device, its fixed settings, and generators that no other work can touch."""
 
+import os
 import platform
 import random
 import subprocess
@@ -70,7 +71,10 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The git commit this program runs from, with ``+`` where files differ from it; None outside its own repository."""
+    """The git commit this program runs from, with ``+`` where files differ from it.
+
+    Outside its own repository, e.g. in a copy made for another machine, what ``HISTODD_COMMIT`` says; else None.
+    """
     package = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -81,10 +85,10 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
-            return None
+            return os.environ.get("HISTODD_COMMIT")
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("HISTODD_COMMIT")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

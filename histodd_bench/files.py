@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,43 @@ from histodd_bench.errors import HistoddError
 PARTIAL = ".partial"  # suffix of what is being written; such files and folders are never read
 
 
+def cache_folder() -> Path:
+    """Where data and networks are kept between runs: ``HISTODD_CACHE``, or ``histodd-bench`` in the user's cache folder."""
+    named = os.environ.get("HISTODD_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "histodd-bench"
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, read-only, no permission) into one clear line. Wrap writes only."""
+def writing(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turn a failed write (disk full, read-only, no permission) into one clear line. Wrap writes only.
+
+    Args:
+        option: what names another place; for a path in the cache folder it is HISTODD_CACHE.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        how = "HISTODD_CACHE" if path.absolute().is_relative_to(cache_folder().absolute()) else option
         raise HistoddError(
-            f"cannot write {path}: {reason}: free some space or choose another folder with --out"
+            f"cannot write {path}: {reason}: free some space or choose another folder with {how}"
         ) from error
+
+
+def require_writable(path: Path, option: str = "--out") -> None:
+    """Make sure that a file can be written, before what is to be written is computed; leaves nothing but its folder.
+
+    Raises:
+        HistoddError: it cannot.
+    """
+    new = not path.exists()
+    with writing(path, option):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+        if new:
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -95,43 +122,84 @@ def sha256(path: Path) -> str:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``; on leaving without an error it is synced and takes that name."""
-    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + ".old" + PARTIAL)
+    partial = folder.with_name(folder.name + PARTIAL)
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
             for path in [p for p in partial.rglob("*") if p.is_file()]:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            if folder.exists():
-                os.rename(folder, old)
-            try:
-                os.replace(partial, folder)
-            except OSError:
-                if old.exists():
-                    os.rename(old, folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            move_folder(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
+def move_folder(made: Path, folder: Path) -> None:
+    """Give a finished folder its name. One that has the name is there until then, whole, and removed afterwards."""
+    old = folder.with_name(folder.name + ".old" + PARTIAL)
+    with writing(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        try:
+            os.replace(made, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
+        parent = os.open(folder.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
-def only_writer(out: Path) -> Iterator[None]:
-    """Make ``out``, check that it can be written, and hold it against a second run. Released when the process dies."""
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a")
+def locked(path: Path, busy: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock on the file ``path``, which is made. Released when the process dies, however it does.
+
+    The file stays: another process may have opened it and wait for it, while a third would make a new file of that name
+    and lock that.
+
+    Args:
+        busy: called where another process holds the lock, before waiting for it; may raise instead.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HistoddError(
-                f"another run is writing in {out}: wait for it or choose another folder with --out"
-            ) from None
+            busy()
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # file systems without locks: the renames still keep every file whole
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file; False where there is no such file."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Make ``out``, check that it can be written, and hold it against a second run."""
+
+    def refuse() -> None:
+        raise HistoddError(f"another run is writing in {out}: wait for it or choose another folder with --out")
+
+    with locked(out / ".lock", refuse):
         yield

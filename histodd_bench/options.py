@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from histodd_bench import __version__
 from histodd_bench.data_options import add_data_options
 from histodd_bench.errors import UsageError
+from histodd_bench.option_types import count, counts, names, option, part, positive, seed, shapes
 
 DESCRIPTION = """\
 Distil a large set of H&E patches into a few, and measure it against coresets and the whole set.
@@ -68,9 +69,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         options["allow_abbrev"] = False
         super().__init__(*args, **options)
+        self.idle: set[str] = set()  # options of other commands that would do nothing with this one
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"unrecognized arguments: (\S+)|.*invalid choice: '([^']*)'", message)
+        if wrong and wrong[1] in self.idle:
+            raise UsageError(f"{wrong[1]} would do nothing here (see '{self.prog} --help')")
         known = list(self._option_string_actions)
         if wrong and wrong[2] is not None:
             message, known = f"unknown command {wrong[2]!r}", self.commands
@@ -91,73 +95,38 @@ class Parser(argparse.ArgumentParser):
         return [n for a in self._actions if isinstance(a, argparse._SubParsersAction) for n in a.choices]
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
+_UNSCORED = ("methods", "archs", "eval_seeds")  # say nothing to commands that make sets and do not evaluate them
 
 
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part.strip()) for part in text.split(",")}))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not names:
-        raise argparse.ArgumentTypeError("must name at least one")
-    return tuple(dict.fromkeys(names))
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    found = []
-    for part in text.split(","):
-        n, cross, side = part.strip().partition("x")
-        if not cross:
-            raise argparse.ArgumentTypeError(f"must be like 64x64 (patches x side), got {part.strip()!r}")
-        found.append((_count(n), _count(side)))
-    return tuple(dict.fromkeys(found))
-
-
-def _shared(parser: Parser, *, table: bool = True) -> None:
-    """Options with the same name and meaning everywhere."""
+def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()) -> None:
+    """Options with the same name and meaning everywhere; ``without`` are those that would do nothing here."""
+    parser.set_defaults(**dict.fromkeys(without))
+    parser.idle = {f"--{name.replace('_', '-')}" for name in without}
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--dataset", type=_names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
+        "--dataset", type=names, metavar="NAME[,NAME]", help="data set (default: demo)" if table else "data set"
     )
     data.add_argument("--data-root", action="append", default=[], metavar="DIR", help="folder of its files, where it needs one; "
                       "NAME=DIR for each, where several do")  # fmt: skip
     data.add_argument(
-        "--image-size", type=_count, metavar="PX", help="patches are resized to this side (default: the preset's)"
+        "--image-size", type=count, metavar="PX", help="patches are resized to this side (default: the preset's)"
     )
     data.add_argument(
-        "--split-seed", type=_seed, default=0, metavar="N", help="seed of the split by slide, where there is none (0)"
+        "--split-seed", type=seed, default=0, metavar="N", help="seed of the split by slide, where there is none (0)"
     )
     what = parser.add_argument_group("what to compute")
     what.add_argument("--preset", default="quick", metavar="NAME", help="quick (default), standard or paper")
-    what.add_argument("--ipc", type=_counts, metavar="N[,N]", help="images per class (default: the preset's)")
-    what.add_argument("--methods", type=_names, metavar="NAME[,NAME]", help="methods (default: the table's)")
-    what.add_argument(
-        "--archs", type=_names, metavar="NAME[:WIDTH][,...]", help="networks that are trained on the sets and scored"
-    )
-    what.add_argument("--distill-arch", metavar="NAME[:WIDTH]", help="network whose gradients are matched")
-    what.add_argument("--seeds", type=_count, metavar="N", help="how many selection or distillation seeds: 0 to N-1")
-    what.add_argument("--eval-seeds", type=_count, metavar="N", help="how many evaluation seeds for each: 0 to N-1")
+    of_results: list[tuple[str, Any, str, str]] = [
+        ("ipc", counts, "N[,N]", "images per class (default: the preset's)"),
+        ("methods", names, "NAME[,NAME]", "methods (default: the table's)"),
+        ("archs", names, "NAME[:WIDTH][,...]", "networks that are trained on the sets and scored"),
+        ("distill_arch", str, "NAME[:WIDTH]", "network whose gradients are matched"),
+        ("seeds", count, "N", "how many selection or distillation seeds: 0 to N-1"),
+        ("eval_seeds", count, "N", "how many evaluation seeds for each: 0 to N-1"),
+    ]
+    for name, kind, metavar, help in of_results:
+        if name not in without:
+            what.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
     what.add_argument(
         "--stain", metavar="POLICY", help="stain normalisation: auto, off, half or on; the same for every method"
     )
@@ -168,38 +137,27 @@ def _shared(parser: Parser, *, table: bool = True) -> None:
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
     )
     how.add_argument(
-        "--threads", type=_count, metavar="N", help="CPU threads; part of the configuration (default: the preset's)"
+        "--threads", type=count, metavar="N", help="CPU threads; part of the configuration (default: the preset's)"
     )
     how.add_argument(
-        "--workers", type=_count, metavar="N",
+        "--workers", type=count, metavar="N",
         help="processes that compute cells on a CPU, each with --threads threads, and read files (default: one per core)",
     )  # fmt: skip
     how.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table or command>)")
-    how.add_argument(
-        "--dry-run", action="store_true", help="time a sample of each phase and project the total; compute nothing else"
-    )
+    if "dry_run" not in without:
+        how.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="time a sample of each phase and project the total; compute nothing else",
+        )
     how.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, e.g. 3/8, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def _option(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    return name, value
 
 
 def _engine(parser: Parser) -> None:
     """Options about where slides are distilled."""
     group = parser.add_argument_group("where slides are distilled")
-    group.add_argument("--engine", default="local", metavar="NAME", help="local (default), slurm or ray")
-    group.add_argument("--engine-option", type=_option, action="append", default=[], metavar="NAME=VALUE", dest="engine_options",
+    group.add_argument("--engine", metavar="NAME", help="local (default), slurm or ray")
+    group.add_argument("--engine-option", type=option, action="append", default=[], metavar="NAME=VALUE", dest="engine_options",
                        help="slurm: a parameter of submitit, e.g. slurm_partition=gpu, timeout_min=600; ray: address=auto")  # fmt: skip
 
 
@@ -221,10 +179,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     )
     _shared(sub)
     slides = sub.add_argument_group("slide-level tables (table4, table5)")
-    slides.add_argument("--mil", type=_names, metavar="NAME[,NAME]", help="slide-level models (default: the table's)")
+    slides.add_argument("--mil", type=names, metavar="NAME[,NAME]", help="slide-level models (default: the table's)")
     slides.add_argument(
         "--encoder",
-        default="auto",
         metavar="NAME",
         help="auto (default), resnet50, pool, simclr, torchvision:NAME or timm:NAME",
     )
@@ -237,8 +194,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json (the records)"
     )
     sub.add_argument("--predictions", action="store_true", help="keep per-patch predictions in --format json")
-    for option, kind in (("--dataset", _names), ("--methods", _names), ("--archs", _names), ("--ipc", _counts)):
-        sub.add_argument(option, type=kind, metavar="...", help="only these")
+    for name, kind in (("--dataset", names), ("--methods", names), ("--archs", names), ("--ipc", counts)):
+        sub.add_argument(name, type=kind, metavar="...", help="only these")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table>)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -252,14 +209,14 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "example:\n  distill --dataset demo --ipc 10 --seeds 1\n",
     )
     sub.add_argument("method", nargs="?", default="histodd", help="distillation method (default: histodd)")
-    _shared(sub, table=False)
+    _shared(sub, table=False, without=_UNSCORED)
     sub = command(
         "select",
         "select coresets and save them, without evaluating",
         "example:\n  select herding --dataset demo --ipc 10,20\n",
     )
     sub.add_argument("method", help="coreset method: random, herding or forgetting")
-    _shared(sub, table=False)
+    _shared(sub, table=False, without=_UNSCORED)
 
     sub = command(
         "distill-slides",
@@ -269,17 +226,17 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "  distill-slides --dataset demo --ipc 10 --engine slurm --workers 16 --engine-option slurm_partition=gpu\n",
     )
     sub.add_argument("method", nargs="?", default="histodd", help="histodd (default), random or herding")
-    _shared(sub, table=False)
+    _shared(sub, table=False, without=_UNSCORED)
     sub.add_argument(
-        "--shard", type=_part, default=(1, 1), metavar="I/N", help="part I of N of the slides, from 1/N to N/N"
+        "--shard", type=part, default=(1, 1), metavar="I/N", help="part I of N of the slides, from 1/N to N/N"
     )
-    sub.add_argument("--slides", type=_names, metavar="NAME[,NAME]", help="only these slides")
+    sub.add_argument("--slides", type=names, metavar="NAME[,NAME]", help="only these slides")
     _engine(sub)
 
     sub = command("evaluate", "train on a saved set, or any folder of images <class>/*, and score it on a data set's test patches",
                   "example:\n  evaluate runs/sets/sets/SET --dataset demo --archs convnet-d3:64\n")  # fmt: skip
     sub.add_argument("set", type=Path, help="folder of the set")
-    _shared(sub, table=False)
+    _shared(sub, table=False, without=("methods", "ipc", "seeds", "distill_arch", "dry_run"))
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
 
     sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
@@ -287,7 +244,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of results")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
     sub.add_argument("--follow", action="store_true", help="write it again and again until the run in progress ends")
-    sub.add_argument("--every", type=_count, default=10, metavar="SECONDS", help="with --follow: how often (10)")
+    sub.add_argument("--every", type=count, metavar="SECONDS", help="with --follow: how often (10)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("compare", "what differs between two run folders: the configuration, and every cell with an interval")
@@ -301,20 +258,18 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     )
     sub.add_argument("what", nargs="*", help="what to measure (default: everything), see below")
     sub.add_argument("--quick", action="store_true", help="64 patches of 64 px and 16 of 256 px only, shorter")
-    sub.add_argument("--shapes", type=_shapes, metavar="NxPX[,...]",
+    sub.add_argument("--shapes", type=shapes, metavar="NxPX[,...]",
                      help="patches x side (default: 64x64,256x64,64x224,16x256,256x256)")  # fmt: skip
     sub.add_argument(
-        "--dtypes", type=_names, metavar="NAME[,...]", help="uint8, float32 (default: both), float16, bfloat16"
+        "--dtypes", type=names, metavar="NAME[,...]", help="uint8, float32 (default: both), float16, bfloat16"
     )
-    sub.add_argument("--backends", type=_names, metavar="NAME[,...]", help="only these (default: all that are there)")
+    sub.add_argument("--backends", type=names, metavar="NAME[,...]", help="only these (default: all that are there)")
     sub.add_argument(
         "--images", type=Path, metavar="DIR", help="take patches from a folder's images (default: procedural)"
     )
-    sub.add_argument("--seconds", type=_positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
-    sub.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
-    sub.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: one per core)")
+    sub.add_argument("--seconds", type=positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
+    sub.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: one per core)")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
     sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")
     sub.add_argument("--show", type=Path, metavar="FILE", help="print a record that is there and measure nothing")

@@ -1,20 +1,16 @@
 """Cells on several CPU processes: each loads the data set itself, is handed one piece of work after another, and writes records."""
 
-import ctypes
-import multiprocessing
-import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from contextlib import closing
 
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
 from histodd_bench.progress import Progress
 from histodd_bench.request import Cell, MakeSet, Request
+from histodd_bench.workers import Report, run_workers
 
 Piece = int | MakeSet | tuple[Cell, ...]  # a network of the pool to train, a set to make, or cells that belong together
-_PR_SET_PDEATHSIG = 1
 
 
 def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], object] | None = None) -> list[Piece]:
@@ -50,69 +46,35 @@ def run_parallel(
     Raises:
         HistoddError: a worker reported one, or died (out of memory, killed). Finished records stay.
     """
-    context = multiprocessing.get_context("spawn")
-    queue, processes = deque(todo), {}
     talkative = not sys.stderr.isatty()
-    try:
-        for _ in range(min(workers, len(todo))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(request, theirs, talkative), daemon=True)
-            process.start()
-            theirs.close()
-            processes[ours] = process
-        while processes:
-            for connection in wait(list(processes)):
-                assert isinstance(connection, Connection)
-                try:
-                    kind, text = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    code = _ended(processes[connection])
-                    raise HistoddError(
-                        f"a worker process ended unexpectedly (exit code {code}): the machine may be short of memory; "
-                        "the same command continues, try it with a lower --workers"
-                    ) from None
-                if kind == "error":
-                    raise HistoddError(text)
-                if kind == "cell":
-                    on_cell()
-                elif queue:
-                    connection.send(queue.popleft())
-                else:
-                    connection.send(None)
-                    processes.pop(connection).join()
-    finally:
-        for process in processes.values():
-            process.kill()
+    events = run_workers(_opened, todo, workers, arguments=lambda number: (request, talkative))
+    with closing(events):
+        for kind, _, value in events:
+            if kind == "died":
+                raise HistoddError(
+                    f"a worker process ended unexpectedly (exit code {value}): the machine may be short of memory; "
+                    "the same command continues, try it with a lower --workers"
+                )
+            if kind == "report":
+                on_cell()
 
 
-def _ended(process: multiprocessing.process.BaseProcess) -> int | None:
-    process.join(5)
-    return process.exitcode
-
-
-def _work(request: Request, connection: Connection, talkative: bool) -> None:
-    """A worker's life. It ends when told so, when the parent dies, or at its first error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _opened(request: Request, talkative: bool, report: Report) -> Callable[[Piece], None]:
+    """What a worker does with a piece; it reports every cell whose record is on disk."""
     from histodd_bench import results
     from histodd_bench.experiment import Experiment
 
-    try:
-        experiment = Experiment(request, Progress() if talkative else Progress.silent())
-        connection.send(("ready", ""))
-        while (piece := connection.recv()) is not None:
-            if isinstance(piece, int):
-                experiment.pool().load(piece)
-            elif isinstance(piece, MakeSet):
-                experiment.make(piece.method, piece.ipc, piece.seed, piece.changes)
-                connection.send(("cell", ""))
-            else:
-                for cell in piece:
-                    results.write_record(request.out, experiment.cell(cell))
-                    connection.send(("cell", ""))
-            connection.send(("ready", ""))
-    except HistoddError as error:
-        connection.send(("error", str(error)))
-    except (EOFError, BrokenPipeError):
-        pass  # the parent is gone
+    experiment = Experiment(request, Progress() if talkative else Progress.silent())
+
+    def do(piece: Piece) -> None:
+        if isinstance(piece, int):
+            experiment.pool().load(piece)
+        elif isinstance(piece, MakeSet):
+            experiment.make(piece.method, piece.ipc, piece.seed, piece.changes)
+            report(None)
+        else:
+            for cell in piece:
+                results.write_record(request.out, experiment.cell(cell))
+                report(None)
+
+    return do

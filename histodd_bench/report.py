@@ -1,6 +1,5 @@
 """The report: one self-contained HTML page of everything a run folder holds. Nothing is computed, nothing is loaded."""
 
-import fcntl
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from histodd_bench import __version__, layout, render, results
 from histodd_bench.errors import HistoddError
-from histodd_bench.files import write_text
+from histodd_bench.files import is_locked, write_text
 from histodd_bench.report_pictures import losses_html, read_cards, sheets_html, stains_html
 from histodd_bench.report_style import CSS
 from histodd_bench.report_tables import grid_html, paper_html, plots_html
@@ -83,14 +82,7 @@ def follow(out: Path, target: Path | None = None, *, seconds: int = 10) -> Path:
 
 def _running(out: Path) -> bool:
     """Whether a run writes into the folder: it holds the lock."""
-    try:
-        with open(out / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_locked(out / ".lock")
 
 
 def _sets_of(table: str, records: Sequence[Record], plan: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -21,8 +21,8 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
     from histodd_bench.slides_distill import FOLDER, SlideDistiller
     from histodd_bench.slides_run import distill_slides, summary
 
-    options = dict(args.engine_options)
-    Engine(args.engine, 1, args.device, out / "work", options).check()  # before minutes of work
+    name, options = args.engine or "local", dict(args.engine_options)
+    Engine(name, 1, args.device, out / "work", options).check()  # before minutes of work
     failed: list[str] = []
     with Progress() as progress:
         for request in requests:
@@ -35,10 +35,10 @@ def distill(args: argparse.Namespace, requests: Sequence[Request], out: Path) ->
                     raise UsageError(f"--slides: {request.dataset} has no training slide {wrong[0]!r} with patches")
                 slides = list(args.slides)
             workers = workers_of(request)
-            engine = Engine(args.engine, workers, engine_device(distiller.experiment), out / "work", options)
+            engine = Engine(name, workers, engine_device(distiller.experiment), out / "work", options)
             progress.log(
                 f"{request.dataset}: {len(distiller.slides)} slides, part {args.shard[0]} of {args.shard[1]}; "
-                f"{args.method} {', '.join(map(str, request.ipc))} per class, {request.seeds} seeds; engine {args.engine}, "
+                f"{args.method} {', '.join(map(str, request.ipc))} per class, {request.seeds} seeds; engine {name}, "
                 f"{workers} workers with {request.threads} thread each; results in {out}"
             )
             failures = distill_slides(

@@ -17,12 +17,11 @@ from histodd_bench import __version__, presets
 from histodd_bench.baselines.herding import Herding, herd
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.data.store import locked
 from histodd_bench.distill.histodd import HistoDD
 from histodd_bench.environment import own_random
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.experiment import Experiment
-from histodd_bench.files import canonical, digest, plain, write_bytes
+from histodd_bench.files import canonical, digest, locked, plain, write_bytes
 from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
 from histodd_bench.results import finite
@@ -176,11 +175,9 @@ class SlideDistiller:
             return
         path = self.path(job)
         workdir = self.request.out / WORK / FOLDER / path.parent.name / path.stem
-        lock = workdir.with_name(workdir.name + ".lock")
-        with locked(lock):  # two runs may have been given the same slide
+        with locked(workdir.with_name(workdir.name + ".lock")):  # two runs may have been given the same slide
             if not self.finished(job):
                 self._write(job, path, workdir)
-            lock.unlink(missing_ok=True)
 
     def _write(self, job: SlideJob, path: Path, workdir: Path) -> None:
         slide = self._patches(job.slide)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from histodd_bench.data.centres import open_experiment
-from histodd_bench.data.store import locked
 from histodd_bench.engines import Engine
-from histodd_bench.files import write_text
+from histodd_bench.files import locked, write_text
 from histodd_bench.progress import Progress
 from histodd_bench.request import Request
 from histodd_bench.results import finite

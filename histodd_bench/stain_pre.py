@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.data.store import StoreError, StoreWriter, load, locked
-from histodd_bench.files import digest
+from histodd_bench.data.store import StoreError, StoreWriter, load
+from histodd_bench.files import digest, locked
 from histodd_bench.ops import stain_augment
 from histodd_bench.sets import to_uint8
 from histodd_bench.stain import StainTemplate, fit_affine
@@ -28,9 +28,13 @@ def normalised(train: PatchSet, template: StainTemplate, *, cache: Path, progres
     """
     key = digest([VERSION, train.fingerprint(), template.stain_matrix, template.max_concentration])
     folder = cache / f"normalised-{key[:16]}"
+    try:
+        return load(folder)  # without a lock: the cache may be read-only
+    except StoreError:
+        pass
     with locked(folder.with_name(folder.name + ".lock")):
         try:
-            return load(folder)
+            return load(folder)  # another process may have made it meanwhile
         except StoreError:
             pass
         with (

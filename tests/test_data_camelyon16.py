@@ -37,18 +37,19 @@ def miniature(
     for i in tumours:
         slide(folders["tumor"] / f"tumor_{i:03d}.tif", size=size, seed=200 + i, tumour=TUMOUR)
         asap(marks["tumor"] / f"tumor_{i:03d}.xml", ("_0", corners(TUMOUR)))
-    for i, tumour in ((1, True), (3, False)):
+    for i, tumour in ((1, True), (3, False), (114, True)):
         slide(folders["test"] / f"test_{i:03d}.tif", size=size, seed=400 + i, tumour=TUMOUR if tumour else None)
-    asap(marks["test"] / "test_001.xml", ("Tumor", corners(TUMOUR)))
+    for i in (1, 114):
+        asap(marks["test"] / f"test_{i:03d}.xml", ("Tumor", corners(TUMOUR)))
     reference = root / ("evaluation" if bucket else "testing") / "reference.csv"
     reference.parent.mkdir(parents=True, exist_ok=True)
-    reference.write_text("test_001,Tumor,IDC,Macro\ntest_003,Normal,DCIS,None\n")
+    reference.write_text("test_001,Tumor,IDC,Macro\ntest_003,Normal,DCIS,None\ntest_114,Tumor,ILC,Macro\n")
     (root / "metadata.csv").write_text(
         "label,tumorp1000,tumorp10000,tumorp40000,hospital,hospital_corrected,slide_name\n"
         + "".join(f"0,,,,0.0,0.0,normal_{i:03d}.tif\n" for i in normals if i <= 100)
         + "".join(f"0,,,,1.0,1.0,normal_{i:03d}.tif\n" for i in normals if i > 100)
         + "".join(f"1,0.1,0.1,0.1,0.0,0.0,tumor_{i:03d}.tif\n" for i in tumours)
-        + "1,,,,0.0,0.0,test_001.tif\n0,,,,1.0,1.0,test_003.tif\n"
+        + "1,,,,0.0,0.0,test_001.tif\n0,,,,1.0,1.0,test_003.tif\n0,,,,1.0,1.0,test_114.tif\n"
     )
     return root
 
@@ -58,7 +59,7 @@ def test_the_paper_s_facts() -> None:
     assert (sum(camelyon16.SLIDES["train"]), sum(camelyon16.SLIDES["test"])) == (270, 129)
     assert (camelyon16.TILING.size, camelyon16.TILING.mpp) == (256, 2.0), "256 px at 5x"
     numbers = "010 015 018 020 025 029 033 034 044 046 051 054 055 056 067 079 085 092 095 110".split()
-    assert camelyon16.PARTLY_ANNOTATED == {f"tumor_{n}" for n in numbers} and len(numbers) == 20
+    assert camelyon16.PARTLY_ANNOTATED == {"test_114", *(f"tumor_{n}" for n in numbers)} and len(numbers) == 20
 
 
 def test_the_real_tables_give_the_facts(shared_data: Path, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_real_tables_give_the_facts(shared_data: Path, tmp_path: Path) -> No
     test = [job for job in by_name.values() if job.split == "test"]
     assert sum(job.annotation is not None for job in test) == 49 and len(test) == len(known & {n[:-4] for n in names})
     assert {
-        job.slide for job in train if job.annotation is not None and job.outside is None
+        job.slide for job in by_name.values() if job.annotation is not None and job.outside is None
     } == camelyon16.PARTLY_ANNOTATED
     assert found.centres == ("Radboud", "Utrecht")
     centre = {
@@ -111,7 +112,7 @@ def test_a_miniature_from_slides_to_patches(tmp_path: Path, bucket: bool) -> Non
     assert data.train.classes == ("normal", "tumour") and not data.procedural
     # Two normal slides of 6 patches; tumor_001 gives 2 tumour and 4 normal, tumor_010 is not exhaustively annotated: no normal.
     assert data.train.class_counts() == [6 + 6 + 4, 2 + 2]
-    assert data.test.class_counts() == [6 + 4, 2]
+    assert data.test.class_counts() == [6 + 4, 2 + 2], "test_114 is not exhaustively annotated either"
     assert set(data.train.group_names) == {"normal_001", "normal_101", "tumor_001", "tumor_010"}
     centre = {
         data.train.group_names[g]: data.train.centre_names[c]
@@ -148,7 +149,14 @@ def test_what_is_missing_or_twice_is_said(tmp_path: Path) -> None:
                      "1 tumour slides have no <slide>.xml and are left out: tumor_001", "1 test slides are not in reference.csv",
                      "no metadata.csv"):  # fmt: skip
         assert expected in notes
-    assert {job.slide for job in found.jobs} == {"normal_001", "normal_101", "tumor_010", "test_001", "test_003"}
+    assert {job.slide for job in found.jobs} == {
+        "normal_001",
+        "normal_101",
+        "tumor_010",
+        "test_001",
+        "test_003",
+        "test_114",
+    }
     assert found.centres == ()
 
 
@@ -157,7 +165,7 @@ def test_copies_of_a_slide_are_left_out(tmp_path: Path) -> None:
     shutil.copy(root / "training/normal/normal_001.tif", root / "testing/images/test_003.tif")
     data = load_dataset("camelyon16", root=root, image_size=16, cache=tmp_path / "c", progress=Progress.silent())
     assert "1 slides are copies of others and were left out: test_003 (the same picture as normal_001)" in data.notes
-    assert data.test.class_counts() == [4, 2]
+    assert data.test.class_counts() == [4, 4]
 
 
 def test_the_real_annotation_covers_its_own_area(shared_data: Path) -> None:

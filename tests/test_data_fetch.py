@@ -3,10 +3,14 @@
 import gzip
 import hashlib
 import http.server
+import resource
+import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from histodd_bench import cli
@@ -138,11 +142,60 @@ def test_packed_files_are_unpacked(server: Server, tmp_path: Path) -> None:
     assert len(server.log) == 1
 
 
-def test_a_damaged_packed_file_is_named(server: Server, tmp_path: Path) -> None:
-    server.files["/x.h5.gz"] = gzip.compress(CONTENT)[:-200]
-    with pytest.raises(HistoddError, match=r"x.h5.gz is damaged .*fetch it again"):
+PACKED = gzip.compress(np.random.default_rng(0).bytes(3_000_000))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        PACKED[:-200],
+        PACKED[:-8] + b"\0" * 8,
+        b"no gzip file at all",
+        gzip.compress(CONTENT)[:10] + b"\xff" * 3000,
+    ],
+    ids=["short", "checksum", "other", "deflate"],
+)
+def test_a_damaged_packed_file_is_named_and_nothing_half_unpacked_stays(
+    server: Server, tmp_path: Path, damaged: bytes
+) -> None:
+    server.files["/x.h5.gz"] = damaged
+    with pytest.raises(HistoddError, match=r"x.h5.gz is damaged .*: delete it and fetch it again") as error:
         get([Remote("x.h5.gz", f"{server.url}/x.h5.gz", None)], tmp_path)
-    assert not (tmp_path / "x.h5").exists()
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5.gz"]
+
+
+def test_a_disk_that_fills_while_unpacking_is_not_called_damage(server: Server, tmp_path: Path) -> None:
+    server.files["/x.h5.gz"] = gzip.compress(b"\0" * 3_000_000)
+    remote = Remote("x.h5.gz", f"{server.url}/x.h5.gz", None)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, before[1]))
+    try:
+        with pytest.raises(HistoddError, match=r"cannot write .*x.h5: File too large: free some space"):
+            get([remote], tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5.gz"]
+    assert get([remote], tmp_path) == [tmp_path / "x.h5"]
+
+
+def test_a_list_of_checksums_without_end_or_cut_short_is_one_line(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetching, "_CAMELYON", server.url)
+    server.files["/checksums.md5"] = b"0" * 60_000_000
+    tracemalloc.start()
+    try:
+        assert cli.main(["data", "fetch", "camelyon16", "--out", str(tmp_path / "c")]) == 1
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000, "it is not held as a whole"
+    finally:
+        tracemalloc.stop()
+    assert "larger than any list of checksums" in capsys.readouterr().err
+    server.files["/checksums.md5"], server.cut = b"0" * 5_000_000, 100_000
+    assert cli.main(["data", "fetch", "camelyon16", "--out", str(tmp_path / "c")]) == 1
+    assert "error: http://127.0.0.1:" in (line := capsys.readouterr().err.strip().splitlines()[-1])
+    assert "checksums.md5 broke off" in line and not (tmp_path / "c").exists()
 
 
 def test_absent_files_and_absent_servers(server: Server, tmp_path: Path) -> None:
@@ -215,3 +268,20 @@ def test_info_prints_it_beside_what_is_there(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["data", "info", "tcga-idh"]) == 0
     text = capsys.readouterr().out
     assert "17,686" in text and "1,191" in text and "149" in text and "where:" in text
+
+
+def test_ctrl_c_while_the_checksum_is_computed_loses_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["/a.bin"] = CONTENT
+    remote = Remote("a.bin", f"{server.url}/a.bin", md5(CONTENT))
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pooch.core.hash_matches", interrupted)
+        get([remote], tmp_path)
+    assert get([remote], tmp_path) == [tmp_path / "a.bin"] and (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert server.log == [("/a.bin", None), ("/a.bin", f"bytes={len(CONTENT)}-")], "it was not sent again"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.bin"]

@@ -67,6 +67,7 @@ def test_border_tiles_keep_their_scale(tmp_path):
 def test_odd_files_are_counted_and_named(root, tmp_path):
     tile(root, "100", 0, 5, 5, name="holiday.png")
     tile(root, "100", 0, 5, 5, name="100_idx5_x5_y5_class1.png")
+    tile(root, "100", 0, 5, 5, name=f"100_idx5_x{'9' * 30}_y5_class0.png")
     tile(root, "101", 1, 5, 5).write_bytes(b"\x89PNG broken")
     (root / "100" / "0" / ".DS_Store").write_bytes(b"x")
     (root / "notes").mkdir()
@@ -74,7 +75,7 @@ def test_odd_files_are_counted_and_named(root, tmp_path):
     assert len(ds.train) + len(ds.test) == 40
     (note,) = [note for note in ds.notes if "skipped" in note]
     assert (
-        note.startswith("3 of 43 files skipped: ")
+        note.startswith("4 of 44 files skipped: ")
         and "holiday.png" in note
         and "disagree" in note
         and "not an image" in note

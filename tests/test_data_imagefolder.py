@@ -209,6 +209,13 @@ def test_a_class_missing_from_test_is_noted(root):
     assert ds.test.class_counts() == [2, 2, 0] and any("no image of class c" in note for note in ds.notes)
 
 
+def test_a_test_side_without_a_readable_image(root):
+    for path in (root / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(HistoddError, match=r"there is no readable test image; 6 of \d+ files skipped"):
+        load(root)
+
+
 def test_unwritable_cache(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(HistoddError, match="cannot write"):

@@ -1,6 +1,7 @@
 """PatchCamelyon and PathMNIST: array files with the real names, shapes and columns, streamed into stores."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_pcam_without_tables_warns(tmp_path: Path) -> None:
     assert any(note.startswith("WARNING: no ..._meta.csv") for note in data.notes) and len(data.train.group_names) == 6
 
 
+def test_an_empty_test_set_is_refused(tmp_path: Path) -> None:
+    write_pcam(tmp_path / "p", {"train": 20, "test": 2}, meta=False)
+    for what, shape in (("x", (0, 96, 96, 3)), ("y", (0, 1, 1, 1))):
+        _rewrite(tmp_path / "p" / pcam.name("test", f"{what}.h5"), what, np.zeros(shape, np.uint8))
+    with pytest.raises(HistoddError, match="pcam: there is no test patch: nothing could be scored"):
+        load("pcam", tmp_path / "p", 32, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
 def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pcam(tmp_path / "p", {"train": 6, "test": 4})
     assert cli.main(["data", "info", "pcam", "--root", str(tmp_path / "p")]) == 0
@@ -103,6 +113,10 @@ def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFi
         (
             lambda r: (r / pcam.name("train", "meta.csv")).write_text("wsi,coord_x,coord_y\na,1,2\n"),
             "has 1 lines for 6 patches",
+        ),
+        (
+            lambda r: (r / pcam.name("test", "meta.csv")).write_text("wsi,coord_x,coord_y\n" + "a,inf,2\n" * 4),
+            "has a coordinate that is no number",
         ),
         (lambda r: _rewrite(r / pcam.name("train", "y.h5"), "y", np.full((6, 1, 1, 1), 7)), "labels must be 0 or 1"),
         (
@@ -177,6 +191,19 @@ def test_damaged_pathmnist_is_named(tmp_path: Path) -> None:
         load("pathmnist", tmp_path, 28, tmp_path / "c")
     np.savez(path, train_images=np.zeros((3, 28, 28, 3), np.uint8), train_labels=np.array([{"a": 1}], dtype=object))
     with pytest.raises(HistoddError, match="not PathMNIST's"):
+        load("pathmnist", tmp_path, 28, tmp_path / "c")
+    arrays = {"train_images": np.zeros((2, 28, 28, 3), np.uint8)}
+    for labels in (np.array([0, -1]), np.array([3, 9]), np.array(["a", "b"]), np.array([1, 2], "datetime64[s]")):
+        np.savez(path, **arrays, train_labels=labels)
+        with pytest.raises(HistoddError, match="not PathMNIST's"):
+            load("pathmnist", tmp_path, 28, tmp_path / "c")
+    np.savez(path, **arrays, train_labels=np.array([0, 1]))
+    locked = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        for start in (m.start() for m in re.finditer(re.escape(signature), bytes(locked))):
+            locked[start + flags] |= 1  # says that it is encrypted
+    path.write_bytes(bytes(locked))
+    with pytest.raises(HistoddError, match=r"not PathMNIST's .*encrypted"):
         load("pathmnist", tmp_path, 28, tmp_path / "c")
     write_pathmnist(tmp_path)
     content = bytearray(path.read_bytes())

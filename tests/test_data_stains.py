@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,15 @@ def test_the_command_writes_a_table_and_a_picture(
     assert np.dot(after, target[:, 0]) / np.linalg.norm(after) > 0.995, "moved onto the template"
     with Image.open(tmp_path / "r" / "stains.png") as picture:
         assert picture.width > 9 * 24
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(
+    drawn: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(drawn[0], tmp_path / "copy")
+    (tmp_path / "copy" / "train" / "images.npy").write_bytes(b"damaged, if anybody looks")
+    (tmp_path / "file").touch()
+    options = ["data", "stains", "slides", "--root", str(tmp_path / "copy"), "--out", str(tmp_path / "file" / "r")]
+    assert cli.main(options) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: cannot write ") and "\n" not in line

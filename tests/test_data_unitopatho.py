@@ -165,6 +165,8 @@ def test_one_scale_and_missing_or_broken_images_are_said(tmp_path: Path) -> None
         (("train-2.ndpi_ROI", "../../../../etc/train-2.ndpi_ROI"), r"leaves .*800"),
         (("image_id", "file"), "has no column 'image_id'"),
         ((",200,2,", ",left,2,"), "x must be a number, got 'left'"),
+        ((",200,2,", ",inf,2,"), "x must be a number, got 'inf'"),
+        ((",200,2,", ",nan,2,"), "x must be a number, got 'nan'"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -2,20 +2,24 @@
 
 import csv
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import openslide
 import pytest
 import torch
 
-from histodd_bench.data import annotations, demo
+from histodd_bench.data import annotations, demo, load_dataset
 from histodd_bench.data.demo import DemoParams
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
+from histodd_bench.data.prepared import prepare_files
+from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.progress import Progress
 
 SMALL = DemoParams(train_slides=4, test_slides=2, side=416.0)
@@ -150,3 +154,26 @@ def test_the_demo_itself():
     pixels, outlines = render_slide(np.random.default_rng(0), 208.0, draw_stain(np.random.default_rng(0), 0, 1.0), 0.5)
     assert pixels.shape == (416, 416, 3) and len(outlines) == 1
     assert pixels.reshape(-1, 3).mean(0) == pytest.approx((202.1, 182.1, 203.3), abs=0.5)
+
+
+def test_a_prepared_demo_is_read_where_it_is_and_no_other_folder_is(tmp_path):
+    draw = partial(demo.load, params=SMALL)
+    prepare_files("demo", draw, 16, tmp_path / "out", progress=Progress.silent(), seed=0, workers=1)
+    direct = load(tmp_path / "direct")
+    options = {"image_size": 16, "cache": tmp_path / "cache", "progress": Progress.silent()}
+    data = load_dataset("demo", root=tmp_path / "out", **options)
+    assert data.train.fingerprint() == direct.train.fingerprint() and data.procedural and data.notes == direct.notes
+    assert not (tmp_path / "cache").exists(), "nothing is drawn"
+    with pytest.raises(UsageError, match="'demo' is drawn: it reads no --data-root"):
+        load_dataset("demo", root=tmp_path, **options)
+
+
+def test_a_drawing_process_that_is_killed_is_an_error_and_no_standstill(tmp_path):
+    jobs = [(tmp_path, SMALL, 0, index) for index in range(6)]
+    drawing = demo._run(jobs, 2)
+    next(drawing)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(HistoddError, match=r"process that draws slides died|ended while starting"):
+        list(drawing)
+    assert not multiprocessing.active_children()

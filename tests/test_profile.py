@@ -246,6 +246,8 @@ def test_command_writes_a_record_and_a_trace_and_shows_it_again(tmp_path: Path, 
         (["--seconds", "-1"], "must be a number above 0"),
         (["--images", "no/such/folder"], "no/such/folder is not a folder"),
         (["--show", "no.json"], "cannot read no.json"),
+        (["--show", "no.json", "--device", "cpu"], "--device does not go with it"),
+        (["step", "--show", "no.json"], "what to measure does not go with it"),
         (["--device", "cuda:99"], "--device cuda:99: not usable here"),
     ],
 )
@@ -253,6 +255,19 @@ def test_bad_requests_are_one_clear_line(arguments: list[str], message: str, cap
     assert cli.main(["profile", *arguments]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "x.json", tmp_path / "folder"):
+        assert cli.main(["profile", "gradient_distance", "--seconds", "0.01", option, str(place)]) == 1
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: cannot write {place}: ") and line.count("\n") == 1
+        assert f"choose another folder with {option}" in line
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path, capsys) -> None:

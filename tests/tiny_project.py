@@ -25,6 +25,12 @@ OPTIONS = ["--image-size", "16", "--archs", "convnet-d3:8", "--distill-arch", "c
            "--stain", "half", "--device", "cpu", "--workers", "1", *SETTINGS]  # fmt: skip
 
 
+def without(options: list[str], *names: str) -> list[str]:
+    """Options, each with its value, but for those named."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [text for name, value in pairs if name not in names for text in (name, value)]
+
+
 def write_imagefolder(
     root: Path, *, train: tuple[int, ...] = (12, 12), test: int = 6, size: int = 16, seed: int = 0
 ) -> Path:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tiny_project import without
 
 # Every part at its smallest; table5 distils at patch level too, hence histodd's own fields.
 FIELDS = ["pool.epochs=1", "pool.networks=2", "eval.epochs=2", "histodd.outer_steps=2", "histodd.inner_steps=2", "histodd.real_batch=4",
@@ -35,4 +36,5 @@ def write_slides(root: Path, *, train: int = 6, test: int = 4, per_class: int = 
 
 def arguments(command: str, data: Path, out: Path, *more: str) -> list[str]:
     """A slide-level command on such data."""
-    return [*command.split(), "--dataset", "imagefolder", "--data-root", str(data), "--out", str(out), *OPTIONS, *more]
+    options = without(OPTIONS, "--archs") if command == "distill-slides" else OPTIONS
+    return [*command.split(), "--dataset", "imagefolder", "--data-root", str(data), "--out", str(out), *options, *more]

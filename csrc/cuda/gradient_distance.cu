@@ -19,23 +19,39 @@
 namespace histodd {
 namespace {
 
-constexpr int64_t kRun = 8192;  // elements per unit of L1 and L2; a multiple of every pack
+constexpr int64_t kRun = 16384;  // elements per unit of L1 and L2; a multiple of every pack
 
-// Calls f(r, s, i) for every element of the unit that belongs to this thread, reading 16 bytes at a time where it can;
-// flush() comes often enough that float32 partial sums stay short.
+// Calls f(r, s) for every element of the unit that belongs to this thread, reading 16 bytes at a time where it can,
+// four packs of each list before the first is used; flush() comes often enough that float32 partial sums stay short.
 template <typename T, typename F, typename Flush>
 __device__ void for_each(const T* r, const T* s, int64_t n, F f, Flush flush) {
   constexpr int kPack = Pack<T>::kSize;
   int64_t done = 0;
   if (aligned16(r) && aligned16(s)) {
+    constexpr int kAhead = 4;
+    const Pack<T>*rs = reinterpret_cast<const Pack<T>*>(r), *ss = reinterpret_cast<const Pack<T>*>(s);
     const int64_t packs = n / kPack;
-    int count = 0;
-    for (int64_t p = threadIdx.x; p < packs; p += kThreads) {
-      const Pack<T> a = reinterpret_cast<const Pack<T>*>(r)[p], b = reinterpret_cast<const Pack<T>*>(s)[p];
+    int64_t p = threadIdx.x;
+    for (; p + (kAhead - 1) * kThreads < packs; p += kAhead * kThreads) {
+      Pack<T> a[kAhead], b[kAhead];
+#pragma unroll
+      for (int m = 0; m < kAhead; ++m) {
+        a[m] = rs[p + m * kThreads];
+        b[m] = ss[p + m * kThreads];
+      }
+#pragma unroll
+      for (int m = 0; m < kAhead; ++m) {
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) f(a[m].item[k], b[m].item[k]);
+      }
+      flush();
+    }
+    for (; p < packs; p += kThreads) {
+      const Pack<T> a = rs[p], b = ss[p];
 #pragma unroll
       for (int k = 0; k < kPack; ++k) f(a.item[k], b.item[k]);
-      if (++count % 16 == 0) flush();
     }
+    flush();
     done = packs * kPack;
   }
   int count = 0;
@@ -150,7 +166,7 @@ __device__ void unit_vjp(const Layer& layer, int64_t begin, int64_t n, double gr
 }
 
 template <Kind K, int Capacity>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(const __grid_constant__ Table<Capacity> table, double* partial, unsigned* finished, Values out) {
   __shared__ int shared_layer;
   __shared__ bool last;

@@ -1,9 +1,10 @@
 // macenko_fit on CUDA, without host synchronisation, the bits independent of scheduling.
 // An image that fits into shared memory is fitted by one block, which reads it from device memory once. A larger one is
-// read three times: moments (and a sample of pixels), angles, concentrations; each of the latter two passes writes the
-// few keys beyond a threshold guessed from the sample, among which one block selects. Only when a guess was too tight
-// or too loose, which four standard deviations of the sample's noise make rare, that block selects among all pixels
-// instead, with four more reads of that image (seven for float64, twice that for interpolated percentiles).
+// read three times: moments (and a sample of pixels), angles, concentrations. Either way, each of the latter two passes
+// keeps the few keys beyond a threshold guessed from a sample of the pixels, and one block selects among them. Only
+// when a guess was too tight or too loose, which four standard deviations of the sample's noise make rare, that block
+// selects among all pixels instead: of a large image with two more reads, or five (eight for float64) where very many
+// keys are nearly equal, and twice that for interpolated percentiles.
 #include "../macenko_fit.h"
 
 #include <ATen/Dispatch.h>
@@ -20,13 +21,36 @@
 namespace histodd {
 namespace {
 
-constexpr int64_t kTile = 16384;        // pixels per block of a large image
-constexpr int64_t kLargeSample = 4096;  // sampled pixels of a large image, at most
+constexpr int64_t kTile = 16384;   // pixels per block of a large image
+constexpr int64_t kSample = 4096;  // sampled pixels of an image, about, at most
+constexpr int64_t kDirect = 8192;  // pixels up to which an image in shared memory is selected from without a guess
+constexpr int64_t kKept = 2048;    // keys kept of each stream otherwise
+
+// Every how many pixels one is sampled: odd, so that not always the same column is.
+inline int64_t sample_step(int64_t pixels) { return std::max<int64_t>(pixels / kSample, 16) | 1; }
 
 // ---- One block per image --------------------------------------------------------------------------------------------
 
+// With `step` (0: without) a guess from every step-th pixel; the kept keys lie behind the image.
+template <typename T, typename Source, typename Keys>
+__device__ Tails resident_tails(const Source& source, const Keys& keys, int64_t pixels, int64_t count,
+                                const TailRanks& ranks, bool linear, T largest_density, int64_t step, T* lists,
+                                FitShared& s) {
+  if (step == 0) return select_keys(source, keys, pixels, ranks, linear, largest_density, s.select);
+  __shared__ T from[2];
+  __shared__ unsigned long long kept[2];
+  T* const list[2] = {lists, lists + kKept};
+  guess_thresholds(Strided<Source>{source, step}, (pixels + step - 1) / step, keys, ranks, count, largest_density,
+                   s.select, from, kept);
+  __syncthreads();
+  keep_tails(source, keys, 0, pixels, from, kept, list, kKept);
+  __syncthreads();
+  return select_kept(source, keys, pixels, ranks, linear, largest_density, s.select, kept, list, kKept);
+}
+
 template <typename In, typename T>
-__global__ void __launch_bounds__(kFitThreads, 1) resident_kernel(const __grid_constant__ Batch<In, T> batch) {
+__global__ void __launch_bounds__(kFitThreads<T>, 1)
+    resident_kernel(const __grid_constant__ Batch<In, T> batch, int64_t step, int64_t image_bytes) {
   extern __shared__ __align__(16) unsigned char resident[];
   __shared__ FitShared s;
   __shared__ T table[256];
@@ -34,15 +58,17 @@ __global__ void __launch_bounds__(kFitThreads, 1) resident_kernel(const __grid_c
   const FitOptions& o = batch.options;
   const In* image = batch.images + index * values;
   In* copy = reinterpret_cast<In*>(resident);
+  T* lists = reinterpret_cast<T*>(resident + image_bytes);
   int64_t done = 0;
   if (aligned16(image)) {
     constexpr int kPack = Pack<In>::kSize;
-    for (int64_t p = threadIdx.x; p < values / kPack; p += kFitThreads) {
+#pragma unroll 4
+    for (int64_t p = threadIdx.x; p < values / kPack; p += kFitThreads<T>) {
       reinterpret_cast<Pack<In>*>(copy)[p] = reinterpret_cast<const Pack<In>*>(image)[p];
     }
     done = values / kPack * kPack;
   }
-  for (int64_t i = done + threadIdx.x; i < values; i += kFitThreads) copy[i] = image[i];
+  for (int64_t i = done + threadIdx.x; i < values; i += kFitThreads<T>) copy[i] = image[i];
   batch.fill_table(table);
   __syncthreads();
 
@@ -56,16 +82,16 @@ __global__ void __launch_bounds__(kFitThreads, 1) resident_kernel(const __grid_c
     return;
   }
   const int64_t tissue = static_cast<int64_t>(s.tissue);
-  const Tails angles = select_keys(source, AngleKeys<T>(s.plane, beta), pixels, angle_ranks(tissue, o), o.linear,
-                                   batch.largest_density, s.select);
+  const Tails angles = resident_tails(source, AngleKeys<T>(s.plane, beta), pixels, tissue, angle_ranks(tissue, o),
+                                      o.linear, batch.largest_density, step, lists, s);
   if (threadIdx.x == 0) s.stains = stain_vectors(s.plane, angles, tissue, o);
   __syncthreads();
   if (s.stains.degenerate) {
     if (threadIdx.x == 0) batch.out.write(index, failed_fit(kFitDegenerate));
     return;
   }
-  const Tails tops = select_keys(source, ConcentrationKeys<T>(s.stains), pixels, concentration_ranks(pixels, o),
-                                 o.linear, batch.largest_density, s.select);
+  const Tails tops = resident_tails(source, ConcentrationKeys<T>(s.stains), pixels, pixels,
+                                    concentration_ranks(pixels, o), o.linear, batch.largest_density, step, lists, s);
   if (threadIdx.x == 0) batch.out.write(index, finished_fit(s.stains, tops, pixels, o));
 }
 
@@ -101,7 +127,7 @@ struct Scratch {
 
 // First read: moments, the sample.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kFitThreads, 1)
+__global__ void __launch_bounds__(kFitThreads<T>, 1)
     moments_kernel(const __grid_constant__ Batch<In, T> batch, const __grid_constant__ Scratch<T> scratch) {
   __shared__ FitShared s;
   __shared__ T table[256];
@@ -123,46 +149,9 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   if (threadIdx.x == 0) scratch.partial[blockIdx.x] = {m.moments, m.bad};
 }
 
-// Thresholds for the next pass, from the sample. Whole block.
-template <typename T, typename Keys>
-__device__ void guess_thresholds(const Scratch<T>& scratch, int64_t image, const Keys& keys, const TailRanks& ranks,
-                                 int64_t count, T largest_density, SelectShared& s) {
-  const Sample<T> sample = scratch.sampled(image);
-  __shared__ int counted;
-  if (threadIdx.x == 0) counted = 0;
-  __syncthreads();
-  int mine = 0;
-  for (int64_t i = threadIdx.x; i < scratch.samples; i += kFitThreads) {
-    T r, g, b, first, second;
-    sample.get(i, r, g, b);
-    keys(r, g, b, first, second);
-    mine += second == second;
-  }
-  atomicAdd(&counted, mine);
-  __syncthreads();
-  const int64_t n = counted;
-  TailRanks wanted;
-  bool guess[2];
-  for (int k = 0; k < 2; ++k) {
-    const int64_t rank = sample_rank(ranks.from_top[k], count, n);
-    guess[k] = rank >= 0;
-    wanted.from_top[k] = guess[k] ? rank : 0;
-  }
-  Tails tails{};
-  if (guess[0] || guess[1]) {
-    tails = select_keys(sample, keys, scratch.samples, wanted, false, largest_density, s);
-  }
-  if (threadIdx.x < 2) {
-    ImageState<T>& state = scratch.state[image];
-    const int k = threadIdx.x;
-    state.from[k] = guess[k] ? static_cast<T>(tails.value[k]) : -std::numeric_limits<T>::infinity();
-    state.kept[k] = 0;
-  }
-}
-
 // Between the first two reads, one block per image: the plane, thresholds of the angles.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kFitThreads, 1)
+__global__ void __launch_bounds__(kFitThreads<T>, 1)
     plane_kernel(const __grid_constant__ Batch<In, T> batch, const __grid_constant__ Scratch<T> scratch) {
   __shared__ FitShared s;
   const int64_t image = blockIdx.x;
@@ -186,8 +175,8 @@ __global__ void __launch_bounds__(kFitThreads, 1)
     return;
   }
   const int64_t tissue = static_cast<int64_t>(s.tissue);
-  guess_thresholds(scratch, image, AngleKeys<T>(s.plane, static_cast<T>(batch.options.beta)),
-                   angle_ranks(tissue, batch.options), tissue, batch.largest_density, s.select);
+  guess_thresholds(scratch.sampled(image), scratch.samples, AngleKeys<T>(s.plane, static_cast<T>(batch.options.beta)),
+                   angle_ranks(tissue, batch.options), tissue, batch.largest_density, s.select, state.from, state.kept);
 }
 
 template <typename T>
@@ -201,7 +190,7 @@ __device__ ConcentrationKeys<T> keys_for(std::true_type, const ImageState<T>& st
 
 // Second and third read: writes the keys that reach their thresholds, in any order.
 template <typename In, typename T, bool kConcentrations>
-__global__ void __launch_bounds__(kFitThreads, 1)
+__global__ void __launch_bounds__(kFitThreads<T>, 1)
     tail_kernel(const __grid_constant__ Batch<In, T> batch, const __grid_constant__ Scratch<T> scratch) {
   __shared__ T table[256];
   const int64_t image = blockIdx.x / scratch.tiles, tile = blockIdx.x % scratch.tiles;
@@ -212,24 +201,14 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   const auto keys = keys_for(std::bool_constant<kConcentrations>{}, state, static_cast<T>(batch.options.beta));
   const Pixels<In, T> source = batch.source(batch.images + image * 3 * batch.pixels, table);
   const int64_t begin = tile * kTile, end = min(begin + kTile, batch.pixels);
-  const T from[2] = {state.from[0], state.from[1]};
-  for (int64_t i = begin + threadIdx.x; i < end; i += kFitThreads) {
-    T r, g, b, key[2];
-    source.get(i, r, g, b);
-    keys(r, g, b, key[0], key[1]);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (!(key[k] >= from[k])) continue;
-      const int64_t place = static_cast<int64_t>(atomicAdd(&state.kept[k], 1ull));
-      if (place < scratch.capacity) scratch.kept(image, k)[place] = key[k];
-    }
-  }
+  T* const list[2] = {scratch.kept(image, 0), scratch.kept(image, 1)};
+  keep_tails(source, keys, begin, end, state.from, state.kept, list, scratch.capacity);
 }
 
 // After the second and third read, one block per image: selects among the kept keys; then the stains and the thresholds
 // of the concentrations, or the result.
 template <typename In, typename T, bool kConcentrations>
-__global__ void __launch_bounds__(kFitThreads, 1)
+__global__ void __launch_bounds__(kFitThreads<T>, 1)
     select_kernel(const __grid_constant__ Batch<In, T> batch, const __grid_constant__ Scratch<T> scratch) {
   __shared__ FitShared s;
   __shared__ T table[256];
@@ -242,21 +221,9 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   const int64_t tissue = static_cast<int64_t>(state.tissue);
   const auto keys = keys_for(std::bool_constant<kConcentrations>{}, state, static_cast<T>(o.beta));
   const TailRanks ranks = kConcentrations ? concentration_ranks(pixels, o) : angle_ranks(tissue, o);
-  bool complete = true;
-  int64_t kept[2];
-  for (int k = 0; k < 2; ++k) {
-    kept[k] = static_cast<int64_t>(state.kept[k]);
-    complete = complete && kept[k] > ranks.from_top[k] && kept[k] <= scratch.capacity;
-  }
-  Tails tails;
-  if (complete) {
-    tails = select_tails(KeptKeys<T>{scratch.kept(image, 0), scratch.kept(image, 1), kept[0], kept[1]},
-                         max(kept[0], kept[1]), key_bound(keys, 0, batch.largest_density),
-                         key_bound(keys, 1, batch.largest_density), ranks, o.linear, s.select);
-  } else {
-    tails = select_keys(batch.source(batch.images + image * 3 * pixels, table), keys, pixels, ranks, o.linear,
-                        batch.largest_density, s.select);
-  }
+  T* const list[2] = {scratch.kept(image, 0), scratch.kept(image, 1)};
+  const Tails tails = select_kept(batch.source(batch.images + image * 3 * pixels, table), keys, pixels, ranks, o.linear,
+                                  batch.largest_density, s.select, state.kept, list, scratch.capacity);
   if constexpr (kConcentrations) {
     if (threadIdx.x == 0) batch.out.write(image, finished_fit(state.stains, tails, pixels, o));
   } else {
@@ -270,8 +237,8 @@ __global__ void __launch_bounds__(kFitThreads, 1)
     }
     __syncthreads();
     if (s.stains.degenerate) return;
-    guess_thresholds(scratch, image, ConcentrationKeys<T>(s.stains), concentration_ranks(pixels, o), pixels,
-                     batch.largest_density, s.select);
+    guess_thresholds(scratch.sampled(image), scratch.samples, ConcentrationKeys<T>(s.stains),
+                     concentration_ranks(pixels, o), pixels, batch.largest_density, s.select, state.from, state.kept);
   }
 }
 
@@ -288,7 +255,7 @@ template <typename In, typename T>
 void launch_tiled(const Batch<In, T>& batch, int64_t images, const at::TensorOptions& options, cudaStream_t stream) {
   Scratch<T> scratch;
   scratch.tiles = (batch.pixels + kTile - 1) / kTile;
-  scratch.sample_step = std::max<int64_t>(batch.pixels / kLargeSample, 16) | 1;
+  scratch.sample_step = sample_step(batch.pixels);
   scratch.samples = (batch.pixels + scratch.sample_step - 1) / scratch.sample_step;
   scratch.capacity = std::max<int64_t>(batch.pixels / 16, 4096);
   const int64_t blocks = images * scratch.tiles;
@@ -303,17 +270,17 @@ void launch_tiled(const Batch<In, T>& batch, int64_t images, const at::TensorOpt
   scratch.sample = carve<T>(next, 3 * images * scratch.samples);
   scratch.list = carve<T>(next, 2 * images * scratch.capacity);
   const int grid = static_cast<int>(blocks), per_image = static_cast<int>(images);
-  moments_kernel<In, T><<<grid, kFitThreads, 0, stream>>>(batch, scratch);
+  moments_kernel<In, T><<<grid, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  plane_kernel<In, T><<<per_image, kFitThreads, 0, stream>>>(batch, scratch);
+  plane_kernel<In, T><<<per_image, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  tail_kernel<In, T, false><<<grid, kFitThreads, 0, stream>>>(batch, scratch);
+  tail_kernel<In, T, false><<<grid, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  select_kernel<In, T, false><<<per_image, kFitThreads, 0, stream>>>(batch, scratch);
+  select_kernel<In, T, false><<<per_image, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  tail_kernel<In, T, true><<<grid, kFitThreads, 0, stream>>>(batch, scratch);
+  tail_kernel<In, T, true><<<grid, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  select_kernel<In, T, true><<<per_image, kFitThreads, 0, stream>>>(batch, scratch);
+  select_kernel<In, T, true><<<per_image, kFitThreads<T>, 0, stream>>>(batch, scratch);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -339,12 +306,14 @@ void fit_batch(const at::Tensor& original, const FitOptions& o, const FitOutputs
   cudaFuncAttributes attributes;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, image.get_device()));
   C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  const int64_t bytes = 3 * pixels * static_cast<int64_t>(sizeof(In));
+  const int64_t image_bytes = (3 * pixels * static_cast<int64_t>(sizeof(In)) + 15) / 16 * 16;
+  const int64_t step = pixels > kDirect ? sample_step(pixels) : 0;
+  const int64_t bytes = image_bytes + (step ? 2 * kKept * static_cast<int64_t>(sizeof(T)) : 0);
   if (bytes + static_cast<int64_t>(attributes.sharedSizeBytes) > limit) {
     return launch_tiled(batch, images, image.options(), stream);
   }
   C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-  kernel<<<static_cast<int>(images), kFitThreads, static_cast<size_t>(bytes), stream>>>(batch);
+  kernel<<<static_cast<int>(images), kFitThreads<T>, static_cast<size_t>(bytes), stream>>>(batch, step, image_bytes);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -10,8 +10,9 @@
 
 namespace histodd {
 
-constexpr int kFitThreads = 512;
-constexpr int kFitWarps = kFitThreads / 32;
+template <typename T>
+constexpr int kFitThreads = sizeof(T) == 4 ? 640 : 512;
+constexpr int kMostWarps = 20;
 constexpr int kFlushPixels = 16;  // float32 partial sums go into a double after this many pixels
 
 // ---- Pixels ---------------------------------------------------------------------------------------------------------
@@ -41,6 +42,16 @@ struct Pixels {
     g = one(i, 1, bad);
     b = one(i, 2, bad);
     return bad;
+  }
+};
+
+template <typename Source>
+struct Strided {  // every step-th pixel
+  const Source& source;
+  int64_t step;
+  template <typename T>
+  __device__ __forceinline__ bool get(int64_t i, T& r, T& g, T& b) const {
+    return source.get(i * step, r, g, b);
   }
 };
 
@@ -91,8 +102,10 @@ __device__ __forceinline__ T key_bound(const ConcentrationKeys<T>& keys, int str
 // ---- What a block does ----------------------------------------------------------------------------------------------
 
 struct FitShared {
-  SelectShared select;
-  double sums[10][kFitWarps];
+  union {
+    SelectShared select;
+    double sums[10][kMostWarps];
+  };
   Plane plane;
   Stains stains;
   double tissue;
@@ -112,7 +125,7 @@ __device__ BlockMoments block_moments(const Source& pixels, int64_t begin, int64
   T part[10] = {};
   bool bad = false;
   int pending = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kFitThreads) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += kFitThreads<T>) {
     T r, g, b;
     bad = pixels.get(i, r, g, b) || bad;
     visit(i, r, g, b);
@@ -140,7 +153,7 @@ __device__ BlockMoments block_moments(const Source& pixels, int64_t begin, int64
   if (threadIdx.x == 0) {
     double sum[10] = {};
     for (int k = 0; k < 10; ++k) {
-      for (int w = 0; w < kFitWarps; ++w) sum[k] += s.sums[k][w];
+      for (int w = 0; w < kFitThreads<T> / 32; ++w) sum[k] += s.sums[k][w];
     }
     out.moments.count = sum[0];
     for (int k = 0; k < 3; ++k) out.moments.sum[k] = sum[1 + k];
@@ -150,8 +163,8 @@ __device__ BlockMoments block_moments(const Source& pixels, int64_t begin, int64
 }
 
 // By thread 0.
-__device__ void decide_plane(const Moments& m, bool bad, int64_t pixels, const FitOptions& o, Plane& plane,
-                             double& tissue, int& outcome) {
+static __device__ __noinline__ void decide_plane(const Moments& m, bool bad, int64_t pixels, const FitOptions& o,
+                                                 Plane& plane, double& tissue, int& outcome) {
   tissue = m.count;
   outcome = -1;
   if (bad) {
@@ -169,6 +182,75 @@ __device__ Tails select_keys(const Source& source, const Keys& keys, int64_t n, 
                              T largest_density, SelectShared& s) {
   return select_tails(KeysOf<T, Source, Keys>{source, keys}, n, key_bound(keys, 0, largest_density),
                       key_bound(keys, 1, largest_density), ranks, linear, s);
+}
+
+// Thresholds that a little more than the wanted keys reach, from a sample of the pixels; count: how many keys are not
+// NaN among all pixels. The whole block; `from` and `kept` may lie in shared or in device memory and are written by
+// threads 0 and 1.
+template <typename T, typename Source, typename Keys>
+__device__ void guess_thresholds(const Source& sample, int64_t samples, const Keys& keys, const TailRanks& ranks,
+                                 int64_t count, T largest_density, SelectShared& s, T* from, unsigned long long* kept) {
+  __shared__ int counted;
+  if (threadIdx.x == 0) counted = 0;
+  __syncthreads();
+  int mine = 0;
+  for (int64_t i = threadIdx.x; i < samples; i += kFitThreads<T>) {
+    T r, g, b, first, second;
+    sample.get(i, r, g, b);
+    keys(r, g, b, first, second);
+    mine += second == second;
+  }
+  for (int offset = 16; offset > 0; offset >>= 1) mine += __shfl_down_sync(0xffffffffu, mine, offset);
+  if (threadIdx.x % 32 == 0) atomicAdd(&counted, mine);
+  __syncthreads();
+  const int64_t n = counted;
+  TailRanks wanted;
+  bool guess[2];
+  for (int k = 0; k < 2; ++k) {
+    const int64_t rank = sample_rank(ranks.from_top[k], count, n);
+    guess[k] = rank >= 0;
+    wanted.from_top[k] = guess[k] ? rank : 0;
+  }
+  Tails tails{};
+  if (guess[0] || guess[1]) {
+    tails = select_keys(sample, keys, samples, wanted, false, largest_density, s);
+  }
+  if (threadIdx.x < 2) {
+    const int k = threadIdx.x;
+    from[k] = guess[k] ? static_cast<T>(tails.value[k]) : -std::numeric_limits<T>::infinity();
+    kept[k] = 0;
+  }
+}
+
+// Of pixels [begin, end): writes the keys that reach their thresholds, in any order.
+template <typename T, typename Source, typename Keys>
+__device__ void keep_tails(const Source& source, const Keys& keys, int64_t begin, int64_t end, const T* from,
+                           unsigned long long* kept, T* const* list, int64_t capacity) {
+  const T from0 = from[0], from1 = from[1];
+  for (int64_t i = begin + threadIdx.x; i < end; i += kFitThreads<T>) {
+    T r, g, b, key[2];
+    source.get(i, r, g, b);
+    keys(r, g, b, key[0], key[1]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (!(key[k] >= (k ? from1 : from0))) continue;
+      const int64_t place = static_cast<int64_t>(atomicAdd(&kept[k], 1ull));
+      if (place < capacity) list[k][place] = key[k];
+    }
+  }
+}
+
+// Selects among the kept keys; where these are too few or too many, among all.
+template <typename T, typename Source, typename Keys>
+__device__ Tails select_kept(const Source& source, const Keys& keys, int64_t pixels, const TailRanks& ranks,
+                             bool linear, T largest_density, SelectShared& s, const unsigned long long* kept,
+                             T* const* list, int64_t capacity) {
+  const int64_t held[2] = {static_cast<int64_t>(kept[0]), static_cast<int64_t>(kept[1])};
+  bool complete = true;
+  for (int k = 0; k < 2; ++k) complete = complete && held[k] > ranks.from_top[k] && held[k] <= capacity;
+  if (!complete) return select_keys(source, keys, pixels, ranks, linear, largest_density, s);
+  return select_tails(KeptKeys<T>{list[0], list[1], held[0], held[1]}, max(held[0], held[1]),
+                      key_bound(keys, 0, largest_density), key_bound(keys, 1, largest_density), ranks, linear, s);
 }
 
 template <typename T>
@@ -197,7 +279,7 @@ struct Batch {
   }
   __device__ void fill_table(T* table) const {
     if constexpr (std::is_same_v<In, uint8_t>) {
-      for (int i = threadIdx.x; i < 256; i += kFitThreads) table[i] = static_cast<T>(grey_density(i, options));
+      for (int i = threadIdx.x; i < 256; i += kFitThreads<T>) table[i] = static_cast<T>(grey_density(i, options));
     }
   }
 };

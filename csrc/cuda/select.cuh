@@ -1,7 +1,7 @@
 // Exact selection of a pair of order statistics by one block: radix selection over histograms in shared memory.
-// The first digit of a key is its place on a linear scale, which spreads the keys of an image evenly over the bins; the
-// further digits are those of its ordered bits. Integer atomics only, so that the result does not depend on their
-// order.
+// The first digit of a key is its place on a linear scale, which spreads the keys of an image evenly over the bins. The
+// keys that share it with the one that is wanted are listed and ranked if they are few; otherwise the further digits
+// are those of the ordered bits. Integer atomics only, and no use of the order they give.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,54 +15,72 @@ namespace histodd {
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 
+constexpr int kFew = 512;
+
 struct SelectShared {
-  unsigned histogram[2][kBins];
-  unsigned long long rank[2];  // from the top, among the keys that share all digits so far
-  uint64_t prefix[2];          // those digits, the first one apart
+  alignas(8) unsigned histogram[2][kBins];
+  uint64_t prefix[2];  // digits known so far, the first one apart
+  unsigned rank[2];    // from the top, among the keys that share them
+  unsigned count[2];   // of the keys that share the first digit
+  unsigned listed[2];
   int first[2];
 };
 
-// Place of a key on a scale from -bound to bound: never decreasing in the key.
+// Place of a key on a scale from -bound to bound, scale = kBins / 2 / bound: never decreasing in the key.
 template <typename T>
-__device__ __forceinline__ int linear_bin(T key, T bound) {
-  const T place = (key / bound + T(1)) * T(kBins / 2);
+__device__ __forceinline__ int linear_bin(T key, T scale) {
+  const T place = key * scale + T(kBins / 2);
   return place < T(0) ? 0 : place >= T(kBins) ? kBins - 1 : static_cast<int>(place);
 }
 
-// From the highest bin down: the one that holds the key of this rank. One warp; each lane adds up a stretch of bins.
-__device__ __forceinline__ int find_bin(const unsigned* histogram, unsigned long long& rank) {
+// From the highest bin down: the one that holds the key of this rank, the rank among the bin's keys, and their number.
+// By one warp.
+__device__ __forceinline__ int find_bin(const unsigned* histogram, unsigned& rank, unsigned& count) {
   constexpr int kStretch = kBins / 32;
+  static_assert(kStretch == 64, "a stretch is searched by 32 lanes, two bins each");
   const int lane = threadIdx.x % 32, top = kBins - 1 - lane * kStretch;
-  unsigned long long sum = 0;
-  for (int i = 0; i < kStretch; ++i) sum += histogram[top - i];
-  unsigned long long upto = sum;  // inclusive sum over the lanes
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const unsigned long long other = __shfl_up_sync(0xffffffffu, upto, offset);
-    if (lane >= offset) upto += other;
+  unsigned sum = 0;
+  for (int i = 0; i < kStretch; ++i) sum += histogram[top - (i + lane) % kStretch];  // every lane on a bank of its own
+  const auto up_to = [lane](unsigned v) {                                            // inclusive sum over the lanes
+    for (int offset = 1; offset < 32; offset <<= 1) {
+      const unsigned other = __shfl_up_sync(0xffffffffu, v, offset);
+      if (lane >= offset) v += other;
+    }
+    return v;
+  };
+  unsigned upto = up_to(sum);
+  // At least the last lane holds it: the rank is below the number of keys.
+  int holder = __ffs(__ballot_sync(0xffffffffu, upto > rank)) - 1;
+  rank -= __shfl_sync(0xffffffffu, upto - sum, holder);
+  const int first = kBins - 1 - holder * kStretch - 2 * lane;
+  const unsigned a = histogram[first], b = histogram[first - 1];
+  upto = up_to(a + b);
+  holder = __ffs(__ballot_sync(0xffffffffu, upto > rank)) - 1;
+  rank -= __shfl_sync(0xffffffffu, upto - a - b, holder);
+  const unsigned held = __shfl_sync(0xffffffffu, a, holder), next = __shfl_sync(0xffffffffu, b, holder);
+  const int bin = __shfl_sync(0xffffffffu, first, holder);
+  if (rank < held) {
+    count = held;
+    return bin;
   }
-  const unsigned holders = __ballot_sync(0xffffffffu, upto > rank);
-  const int holder = __ffs(holders) - 1;  // at least the last lane: rank is below the number of keys
-  int bin = 0;
-  unsigned long long left = 0;
-  if (lane == holder) {
-    left = rank - (upto - sum);
-    bin = top;
-    while (left >= histogram[bin]) left -= histogram[bin--];
-  }
-  bin = __shfl_sync(0xffffffffu, bin, holder);
-  rank = __shfl_sync(0xffffffffu, left, holder);
-  return bin;
+  rank -= held;
+  count = next;
+  return bin - 1;
 }
 
 // For both streams of `read(i, first, second)`, i in [0, n): the key of rank `from_top`, NaN keys left out. Called by
-// the whole block; from_top is below the number of keys that are not NaN; every thread gets the result.
+// the whole block; from_top is below the number of keys that are not NaN; every thread gets the result. Two passes over
+// the keys where few share the first digit of the one that is wanted, otherwise one for every digit.
 template <typename T, typename Read>
 __device__ void select_pair(const Read& read, int64_t n, T bound0, T bound1, const int64_t* from_top, SelectShared& s,
                             double* result) {
+  using Bits = decltype(ordered_bits(T(0)));
   constexpr int kBits = 8 * sizeof(T);
+  static_assert(kFew * sizeof(Bits) <= sizeof(s.histogram[0]), "the few keys lie where the histogram was");
   const int warp = threadIdx.x / 32, threads = static_cast<int>(blockDim.x);
+  const T scale0 = T(kBins / 2) / bound0, scale1 = T(kBins / 2) / bound1;
   if (threadIdx.x < 2) {
-    s.rank[threadIdx.x] = static_cast<unsigned long long>(from_top[threadIdx.x]);
+    s.rank[threadIdx.x] = static_cast<unsigned>(from_top[threadIdx.x]);
     s.prefix[threadIdx.x] = 0;
   }
   int known = 0;  // bits of the prefix
@@ -76,7 +94,7 @@ __device__ void select_pair(const Read& read, int64_t n, T bound0, T bound1, con
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         if (key[k] != key[k]) continue;
-        const int bin = linear_bin(key[k], k ? bound1 : bound0);
+        const int bin = linear_bin(key[k], k ? scale1 : scale0);
         if (level == 0) {
           atomicAdd(&s.histogram[k][bin], 1u);
           continue;
@@ -88,12 +106,15 @@ __device__ void select_pair(const Read& read, int64_t n, T bound0, T bound1, con
     }
     __syncthreads();
     if (warp < 2) {
-      unsigned long long rank = s.rank[warp];
-      const int bin = find_bin(s.histogram[warp], rank);
+      unsigned rank = s.rank[warp], count;
+      const int bin = find_bin(s.histogram[warp], rank, count);
+      __syncwarp();
       if (threadIdx.x % 32 == 0) {
         s.rank[warp] = rank;
         if (level == 0) {
           s.first[warp] = bin;
+          s.count[warp] = count;
+          s.listed[warp] = 0;
         } else {
           s.prefix[warp] = (s.prefix[warp] << digit) | static_cast<uint64_t>(bin);
         }
@@ -101,14 +122,34 @@ __device__ void select_pair(const Read& read, int64_t n, T bound0, T bound1, con
     }
     known += digit;
     __syncthreads();
-  }
-  for (int k = 0; k < 2; ++k) {
-    if constexpr (sizeof(T) == 4) {
-      result[k] = from_ordered_bits(static_cast<uint32_t>(s.prefix[k]));
-    } else {
-      result[k] = from_ordered_bits(s.prefix[k]);
+    if (level > 0 || s.count[0] > kFew || s.count[1] > kFew) continue;
+    for (int64_t i = threadIdx.x; i < n; i += threads) {
+      T key[2];
+      read(i, key[0], key[1]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (key[k] != key[k] || linear_bin(key[k], k ? scale1 : scale0) != s.first[k]) continue;
+        reinterpret_cast<Bits*>(s.histogram[k])[atomicAdd(&s.listed[k], 1u)] = ordered_bits(key[k]);
+      }
     }
+    __syncthreads();
+    for (int t = threadIdx.x; t < 2 * kFew; t += threads) {
+      const int k = t / kFew;
+      const unsigned mine = t % kFew, count = s.count[k];
+      if (mine >= count) continue;
+      const Bits* keys = reinterpret_cast<const Bits*>(s.histogram[k]);
+      unsigned larger = 0, equal = 0;
+      for (unsigned j = 0; j < count; ++j) {
+        larger += keys[j] > keys[mine];
+        equal += keys[j] == keys[mine];
+      }
+      if (larger <= s.rank[k] && s.rank[k] < larger + equal)
+        s.prefix[k] = keys[mine];  // the same by all that are equal
+    }
+    __syncthreads();
+    break;
   }
+  for (int k = 0; k < 2; ++k) result[k] = from_ordered_bits(static_cast<Bits>(s.prefix[k]));
   __syncthreads();  // the shared memory may be reused at once
 }
 

@@ -1,14 +1,13 @@
 // stain_augment on CUDA. Without a warp a thread takes four pixels in a row, read and written at once; with one, a
 // block takes a tile of the output, so that what it reads stays in cache. The gradient of [A|b] is summed per block and
-// then over the blocks, in order. The gradient of a warped image is scattered with atomics; where determinism is asked
-// for, with integer atomics in fixed point, whose order does not matter. No host synchronisation.
+// then over the blocks, in order. The gradient of a warped image is gathered: every pixel of the image adds up what the
+// pixels of the output that sampled it have for it, so that nothing depends on the order of threads. No host
+// synchronisation.
 #include "stain_augment_kernels.cuh"
 
-#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -22,6 +21,8 @@ namespace histodd {
 namespace {
 
 using Optional = std::optional<at::Tensor>;
+
+constexpr int64_t kLargePlane = 16384;  // pixels of an image from which a block does more of them
 
 Element element_of(at::ScalarType type) {
   switch (type) {
@@ -74,7 +75,16 @@ Job make_job(const at::Tensor& image, const at::Tensor& out, bool stained, bool 
   job.rounds = rounds;
   job.blocks = warped ? divide_up(job.height, kTileSide) * divide_up(job.width, kTileSide)
                       : divide_up(job.height * job.width, kThreads * kPixels * rounds);
+  TORCH_CHECK_VALUE(job.blocks <= std::numeric_limits<int>::max() &&
+                        (!warped || 3 * job.height * job.width <= std::numeric_limits<uint32_t>::max()),
+                    "image is too large: ", image.sizes());
   return job;
+}
+
+dim3 grid_of(const Job& job) {
+  const int64_t images = std::min(job.n, kImagesInGrid);
+  return dim3(static_cast<unsigned>(job.blocks), static_cast<unsigned>(images),
+              grid_of(divide_up(job.n, kImagesInGrid)));
 }
 
 // The per-image parameters, in a tensor of bytes.
@@ -92,7 +102,8 @@ at::Tensor prepare(const Job& job, const at::Tensor& image, const Optional& stai
   const at::Tensor ok = valid ? valid->contiguous() : at::Tensor();
   prepare_kernel<S><<<grid_of(divide_up(job.n, 64)), 64, 0, stream>>>(
       small(stain), small(warp), small(mean), small(std), ok.defined() ? ok.const_data_ptr<bool>() : nullptr, io, job.n,
-      job.height, job.width, reinterpret_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
+      job.height, job.width, job.image.type == Element::kByte && !job.warped,
+      reinterpret_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return prepared;
 }
@@ -112,15 +123,18 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
   const at::Tensor out = at::empty(image.sizes(), image.options().dtype(dtype).memory_format(format));
   if (image.numel() == 0) return out;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Job job = make_job(image, out, stain.has_value(), warp.has_value(), 1);
+  const int rounds = image.size(2) * image.size(3) >= kLargePlane ? 2 : 1;
+  const Job job = make_job(image, out, stain.has_value(), warp.has_value(), rounds);
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     const at::Tensor prepared = prepare<S>(job, image, stain, warp, mean, std, valid, io, stream);
-    const unsigned grid = grid_of(job.n * job.blocks);
+    const dim3 grid = grid_of(job);
     if (job.warped) {
       warped_forward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+    } else if (rounds == 2) {
+      forward_kernel<S, 2><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
     } else {
-      forward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+      forward_kernel<S, 1><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
@@ -130,32 +144,6 @@ at::Tensor stain_augment(const at::Tensor& image_in, const Optional& stain, cons
     run(0.0f);
   }
   return out;
-}
-
-// The scatter through a warp, into job.grad_image.
-template <typename S>
-void scatter_backward(Job job, const at::Tensor& grad_image, const at::Tensor& prepared, cudaStream_t stream) {
-  const at::ScalarType sum_type = c10::CppTypeToScalarType<S>::value;
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
-  const bool direct = grad_image.scalar_type() == sum_type && !deterministic;
-  const unsigned grid = grid_of(job.n * job.blocks);
-  at::Tensor sums = grad_image, fixed, largest;
-  if (!direct) sums = at::empty({grad_image.numel()}, grad_image.options().dtype(sum_type).memory_format(std::nullopt));
-  sums.zero_();
-  job.scattered = sums.mutable_data_ptr();
-  if (deterministic) {
-    fixed = at::zeros({grad_image.numel()}, grad_image.options().dtype(at::kLong).memory_format(std::nullopt));
-    largest = at::zeros({job.n}, grad_image.options().dtype(at::kInt).memory_format(std::nullopt));
-    job.largest = reinterpret_cast<unsigned*>(largest.mutable_data_ptr());
-    warped_backward_kernel<S, Pass::kLargest><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    job.fixed = reinterpret_cast<long long*>(fixed.mutable_data_ptr());
-  }
-  warped_backward_kernel<S, Pass::kScatter><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  if (direct) return;
-  finish_kernel<S><<<grid_of(divide_up(grad_image.numel(), kThreads)), kThreads, 0, stream>>>(job);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad_in, const at::Tensor& image_in,
@@ -174,7 +162,8 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
       need_stain ? at::empty_like(*stain, at::MemoryFormat::Contiguous) : at::empty_like(nothing);
   if (image.numel() == 0) return {grad_image, need_stain ? grad_stain.zero_() : grad_stain};
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Job job = make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= 16384 ? 4 : 1);
+  Job job =
+      make_job(image, grad, stain.has_value(), warp.has_value(), image.size(2) * image.size(3) >= kLargePlane ? 4 : 1);
   if (need_image) job.grad_image = image_of(grad_image);
   at::Tensor partial;
   if (need_stain) {
@@ -184,13 +173,15 @@ std::tuple<at::Tensor, at::Tensor> stain_augment_backward(const at::Tensor& grad
   const auto run = [&](auto zero) {
     using S = decltype(zero);
     const at::Tensor prepared = prepare<S>(job, image, stain, warp, mean, std, valid, io, stream);
-    const unsigned grid = grid_of(job.n * job.blocks);
-    if (!job.warped) {
-      backward_kernel<S><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
-    } else if (need_image) {
-      return scatter_backward<S>(job, grad_image, prepared, stream);
+    const dim3 grid = grid_of(job);
+    const Prepared<S>* p = prepared_of<S>(prepared);
+    if (!job.warped && need_stain) {
+      backward_kernel<S, true><<<grid, kThreads, 0, stream>>>(job, p);
+    } else if (!job.warped) {
+      backward_kernel<S, false><<<grid, kThreads, 0, stream>>>(job, p);
     } else {
-      warped_backward_kernel<S, Pass::kScatter><<<grid, kThreads, 0, stream>>>(job, prepared_of<S>(prepared));
+      if (need_stain) warped_sums_kernel<S><<<grid, kThreads, 0, stream>>>(job, p);
+      if (need_image) warped_backward_kernel<S><<<grid, kThreads, 0, stream>>>(job, p);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };

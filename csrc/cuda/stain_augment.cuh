@@ -16,7 +16,7 @@ namespace histodd {
 enum class Element : int { kByte, kDouble, kFloat, kHalf, kBFloat16 };
 
 constexpr int kPixels = 4;     // per thread
-constexpr int kTileSide = 32;  // of the output, per block, with a warp: 32 x 8 threads, four rows each
+constexpr int kTileSide = 32;  // pixels; of a block with a warp, whose 16 x 16 threads have four pixels each
 
 struct Image {
   void* data = nullptr;
@@ -44,13 +44,9 @@ __device__ __forceinline__ void with_type(Element type, F f) {
 }
 
 template <typename S>
-__device__ __forceinline__ S to_unit(uint8_t v) {  // v / 255, correctly rounded
-  const S x = static_cast<S>(v), r = S(1) / S(255), y = x * r;
+__device__ __forceinline__ S grey_to_unit(S x) {  // x / 255, correctly rounded
+  const S r = S(1) / S(255), y = x * r;
   return fma(fma(S(-255), y, x), r, y);
-}
-template <typename S, typename T>
-__device__ __forceinline__ S to_unit(T v) {
-  return static_cast<S>(v);
 }
 
 template <typename T>
@@ -58,7 +54,7 @@ struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) Quad {
   T item[4];
 };
 
-// Pixels [pixel, pixel + count) of an image whose first element is `first`; x[channel][k].
+// Pixels [pixel, pixel + count) of an image whose first element is `first`; x[channel][k], bytes as grey levels.
 template <typename S>
 __device__ __forceinline__ void load(const Image& image, int64_t first, int64_t plane, int64_t pixel, int count,
                                      S x[3][kPixels]) {
@@ -71,13 +67,13 @@ __device__ __forceinline__ void load(const Image& image, int64_t first, int64_t 
 #pragma unroll
         for (int m = 0; m < 3; ++m) q[m] = reinterpret_cast<const Quad<T>*>(data + 3 * pixel)[m];
 #pragma unroll
-        for (int m = 0; m < 12; ++m) x[m % 3][m / 3] = to_unit<S>(q[m / 4].item[m % 4]);
+        for (int m = 0; m < 12; ++m) x[m % 3][m / 3] = static_cast<S>(q[m / 4].item[m % 4]);
       } else {
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
           const Quad<T> q = *reinterpret_cast<const Quad<T>*>(data + c * plane + pixel);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) x[c][k] = to_unit<S>(q.item[k]);
+          for (int k = 0; k < 4; ++k) x[c][k] = static_cast<S>(q.item[k]);
         }
       }
       return;
@@ -85,7 +81,7 @@ __device__ __forceinline__ void load(const Image& image, int64_t first, int64_t 
 #pragma unroll
     for (int m = 0; m < 12; ++m) {
       const int c = m % 3, k = m / 3;
-      x[c][k] = k < count ? to_unit<S>(data[image.last ? 3 * (pixel + k) + c : c * plane + pixel + k]) : S(0);
+      x[c][k] = k < count ? static_cast<S>(data[image.last ? 3 * (pixel + k) + c : c * plane + pixel + k]) : S(0);
     }
   });
 }
@@ -143,22 +139,21 @@ __device__ __forceinline__ Rgb<S> load_one(const Image& image, int64_t first, in
     using T = std::remove_pointer_t<decltype(null)>;
     const T* data = static_cast<const T*>(image.data) + first + (image.last ? 3 * pixel : pixel);
     const int64_t step = image.last ? 1 : plane;
-    v = {to_unit<S>(data[0]), to_unit<S>(data[step]), to_unit<S>(data[2 * step])};
+    v = {static_cast<S>(data[0]), static_cast<S>(data[step]), static_cast<S>(data[2 * step])};
   });
   return v;
 }
 
-// The four neighbours of a sampled pixel: first, first + right, first + below, first + right + below.
+// The four neighbours of a sampled pixel: first, first + right, first + below, first + right + below. An image has
+// fewer than 2^31 elements per channel here.
 template <typename S>
 struct Corners {
-  int64_t first;
-  int right;
-  int64_t below;
+  unsigned first, right, below;
   S ax, bx, ay, by;
 
   __device__ __forceinline__ Corners(S x, int x_origin, S y, int y_origin, int height, int width) {
     const Neighbours<S> across = Neighbours<S>::at(x, x_origin, width), down = Neighbours<S>::at(y, y_origin, height);
-    first = static_cast<int64_t>(down.first) * width + across.first;
+    first = static_cast<unsigned>(down.first * width + across.first);
     right = width > 1;
     below = height > 1 ? width : 0;
     ax = across.a, bx = across.b, ay = down.a, by = down.b;
@@ -168,20 +163,20 @@ struct Corners {
 template <typename S>
 __device__ __forceinline__ Rgb<S> sample(const Image& image, int64_t first, int64_t plane, const Corners<S>& at) {
   const S white = S(1) - (at.ax + at.bx) * (at.ay + at.by);
-  Rgb<S> v{white, white, white};
+  const S a = at.ay * at.ax, b = at.ay * at.bx, c = at.by * at.ax, d = at.by * at.bx;
+  Rgb<S> v{};
   with_type<S>(image.type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* data = static_cast<const T*>(image.data) + first;
-    const int64_t step = image.last ? 3 : 1, channel = image.last ? 1 : plane;
-    const auto blend = [&](const T* p) {
-      const T *q = p + at.right * step, *r = p + at.below * step;
-      return at.ay * (at.ax * to_unit<S>(*p) + at.bx * to_unit<S>(*q)) +
-             at.by * (at.ax * to_unit<S>(*r) + at.bx * to_unit<S>(*(r + at.right * step)));
+    const unsigned step = image.last ? 3 : 1;
+    const unsigned p = at.first * step, q = p + at.right * step, r = p + at.below * step, s = r + at.right * step;
+    const auto blend = [&](const T* channel) {
+      return a * static_cast<S>(channel[p]) + b * static_cast<S>(channel[q]) + c * static_cast<S>(channel[r]) +
+             d * static_cast<S>(channel[s]);
     };
-    const T* p = data + at.first * step;
-    v.r += blend(p);
-    v.g += blend(p + channel);
-    v.b += blend(p + 2 * channel);
+    const int64_t apart = image.last ? 1 : plane;
+    const S unit = std::is_same_v<T, uint8_t> ? S(1) / S(255) : S(1);
+    v = {unit * blend(data) + white, unit * blend(data + apart) + white, unit * blend(data + 2 * apart) + white};
   });
   return v;
 }

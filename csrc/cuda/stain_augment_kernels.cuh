@@ -11,17 +11,19 @@ struct Job {
   Image image, out;  // in the backward pass `out` is the gradient of the result
   Image grad_image;  // not null: wanted
   bool stained, warped;
-  int64_t blocks;     // per image
-  int rounds;         // of 4 x 256 pixels per block, without a warp
-  double* partial;    // [n, blocks, 12], or null: the gradient of [A|b] is not wanted
-  void* scattered;    // like grad_image, of type S: the sums, with a warp
-  long long* fixed;   // the same in fixed point, or null
-  unsigned* largest;  // [n]: bits of the largest finite term, as a float
+  int64_t blocks;   // per image
+  int rounds;       // of 4 x 256 pixels per block, without a warp
+  double* partial;  // [n, blocks, 12], or null: the gradient of [A|b] is not wanted
 };
+
+// The grid's first dimension runs over the parts of an image, the other two over the images.
+constexpr int64_t kImagesInGrid = 32768;
+
+__device__ __forceinline__ int64_t image_index() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
 
 template <typename S>
 __global__ void prepare_kernel(Small stain, Small warp, Small mean, Small std, const bool* valid, double io, int64_t n,
-                               int64_t height, int64_t width, Prepared<S>* prepared) {
+                               int64_t height, int64_t width, bool grey, Prepared<S>* prepared) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   Prepared<S>& p = prepared[i];
@@ -32,7 +34,7 @@ __global__ void prepare_kernel(Small stain, Small warp, Small mean, Small std, c
     for (int k = 0; k < 12; ++k) ab[k] = stain.get(12 * i + k);
     for (int k = 0; k < 9; ++k) p.stain.a[k] = static_cast<S>(ab[4 * (k / 3) + k % 3]);
     for (int k = 0; k < 3; ++k) p.stain.c[k] = static_cast<S>(log2(io / 255) - ab[4 * k + 3] / kLn2);
-    p.stain.p = static_cast<S>(255 / io);
+    p.stain.p = static_cast<S>((grey ? 1 : 255) / io);  // of grey levels, or of intensities in [0, 1]
     p.stain.q = static_cast<S>(1 / io);
   }
   if (warp.data) {
@@ -46,72 +48,100 @@ __global__ void prepare_kernel(Small stain, Small warp, Small mean, Small std, c
   }
 }
 
-template <typename S>
+// kRounds: of four pixels per thread, all read before the first is worked on.
+template <typename S, int kRounds>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
-  const int64_t n = blockIdx.x / job.blocks, plane = job.height * job.width;
-  const int64_t pixel = ((blockIdx.x % job.blocks) * kThreads + threadIdx.x) * kPixels;
-  if (pixel >= plane) return;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel));
-  const Prepared<S>& p = prepared[n];
-  S x[3][kPixels];
-  load<S>(job.image, 3 * n * plane, plane, pixel, count, x);
-  const bool stained = job.stained && !p.stain.skip;
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
+  const int64_t start = (static_cast<int64_t>(blockIdx.x) * kRounds * kThreads + threadIdx.x) * kPixels;
+  const auto pixel = [start](int round) { return start + round * kThreads * kPixels; };
+  const auto count = [plane, &pixel](int round) {
+    return static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel(round)));
+  };
+  S x[kRounds][3][kPixels];
 #pragma unroll
-  for (int k = 0; k < kPixels; ++k) {
-    Rgb<S> v{x[0][k], x[1][k], x[2][k]};
-    if (stained) v = p.stain.value(v);
-    v = p.finish(v);
-    x[0][k] = v.r, x[1][k] = v.g, x[2][k] = v.b;
+  for (int r = 0; r < kRounds; ++r) {
+    if (pixel(r) < plane) load<S>(job.image, first, plane, pixel(r), count(r), x[r]);
   }
-  store<S>(job.out, 3 * n * plane, plane, pixel, count, x);
+  const Prepared<S>& p = prepared[n];
+  const bool stained = job.stained && !p.stain.skip, grey = job.image.type == Element::kByte;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (pixel(r) >= plane) return;
+#pragma unroll
+    for (int k = 0; k < kPixels; ++k) {
+      Rgb<S> v{x[r][0][k], x[r][1][k], x[r][2][k]};
+      if (stained) {
+        v = p.stain.value(v);
+      } else if (grey) {
+        v = {grey_to_unit(v.r), grey_to_unit(v.g), grey_to_unit(v.b)};
+      }
+      v = p.finish(v);
+      x[r][0][k] = v.r, x[r][1][k] = v.g, x[r][2][k] = v.b;
+    }
+    store<S>(job.out, first, plane, pixel(r), count(r), x[r]);
+  }
 }
 
-// A block's tile of the output: thread (lane, warp) has the pixels (row + 8 k, column), k = 0..3.
-template <typename S>
+// A tile of 32 x 32 pixels: 16 x 16 threads, each with the pixels (row + 16 (k / 2), column + 16 (k % 2)), k = 0..3.
 struct Tile {
-  int64_t n, row, column;
-  Split<S> x, y;
-  S dx, dy;  // per eight rows
+  int row, column;
 
-  __device__ Tile(const Job& job, const Prepared<S>* prepared) {
-    const int64_t across = (job.width + kTileSide - 1) / kTileSide, tile = blockIdx.x % job.blocks;
-    n = blockIdx.x / job.blocks;
-    row = tile / across * kTileSide + threadIdx.x / 32;
-    column = tile % across * kTileSide + threadIdx.x % 32;
-    const Warp w = prepared[n].warp;
-    const double i = static_cast<double>(row), j = static_cast<double>(column);
-    x = Split<S>::of(w.x0 + w.xi * i + w.xj * j);
-    y = Split<S>::of(w.y0 + w.yi * i + w.yj * j);
-    dx = static_cast<S>(kWarps * w.xi);
-    dy = static_cast<S>(kWarps * w.yi);
+  __device__ __forceinline__ Tile(int64_t width, unsigned tile) {
+    const unsigned across = (static_cast<unsigned>(width) + kTileSide - 1) / kTileSide;
+    row = static_cast<int>(tile / across * kTileSide);
+    column = static_cast<int>(tile % across * kTileSide);
   }
-  __device__ __forceinline__ Corners<S> corners(const Job& job, int k) const {
-    return {x.rest + static_cast<S>(k) * dx, x.origin,
-            y.rest + static_cast<S>(k) * dy, y.origin,
-            static_cast<int>(job.height),    static_cast<int>(job.width)};
-  }
-  __device__ __forceinline__ bool inside(const Job& job, int k) const {
-    return row + kWarps * k < job.height && column < job.width;
-  }
-  __device__ __forceinline__ int64_t pixel(const Job& job, int k) const {
-    return (row + kWarps * k) * job.width + column;
+  static __device__ __forceinline__ int down(int k) { return static_cast<int>(threadIdx.x) / 16 + 16 * (k / 2); }
+  static __device__ __forceinline__ int right(int k) { return static_cast<int>(threadIdx.x) % 16 + 16 * (k % 2); }
+};
+
+// Where a pixel of the output samples the image, and every 16th below it and to its right. Whole pixels are kept apart,
+// so that what is left is small and exact.
+template <typename S>
+struct Positions {
+  Split<S> x, y, xi, xj, yi, yj;
+  int height, width;
+
+  __device__ __forceinline__ Positions(const Job& job, const Warp& w, int row, int column)
+      : x(Split<S>::of(w.x0 + w.xi * row + w.xj * column)),
+        y(Split<S>::of(w.y0 + w.yi * row + w.yj * column)),
+        xi(Split<S>::of(16 * w.xi)),
+        xj(Split<S>::of(16 * w.xj)),
+        yi(Split<S>::of(16 * w.yi)),
+        yj(Split<S>::of(16 * w.yj)),
+        height(static_cast<int>(job.height)),
+        width(static_cast<int>(job.width)) {}
+  // 16 i rows below and 16 j columns to the right.
+  __device__ __forceinline__ Corners<S> at(int i, int j) const {
+    const S a = static_cast<S>(i), b = static_cast<S>(j);
+    return {x.rest + a * xi.rest + b * xj.rest,
+            x.origin + i * xi.origin + j * xj.origin,
+            y.rest + a * yi.rest + b * yj.rest,
+            y.origin + i * yi.origin + j * yj.origin,
+            height,
+            width};
   }
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 4)
     warped_forward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
-  const Tile<S> tile(job, prepared);
-  const Prepared<S>& p = prepared[tile.n];
-  const int64_t plane = job.height * job.width, first = 3 * tile.n * plane;
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
+  const Prepared<S>& p = prepared[n];
+  const Tile tile(job.width, blockIdx.x);
+  const int row = tile.row + Tile::down(0), column = tile.column + Tile::right(0);
+  const Positions<S> positions(job, p.warp, row, column);
   const bool stained = job.stained && !p.stain.skip;
 #pragma unroll
-  for (int k = 0; k < kTileSide / kWarps; ++k) {
-    if (!tile.inside(job, k)) continue;
-    Rgb<S> v = sample<S>(job.image, first, plane, tile.corners(job, k));
+  for (int k = 0; k < 4; ++k) {
+    const int down = 16 * (k / 2), right = 16 * (k % 2);
+    if (row + down >= job.height || column + right >= job.width) continue;
+    Rgb<S> v = sample<S>(job.image, first, plane, positions.at(k / 2, k % 2));
     if (stained) v = p.stain.value(v);
-    store_one<S>(job.out, first, plane, tile.pixel(job, k), p.finish(v));
+    store_one<S>(job.out, first, plane, (row + down) * job.width + column + right, p.finish(v));
   }
 }
 
@@ -140,142 +170,173 @@ struct StainSums {
   }
 };
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads)
+// Without a warp. kSums: the gradient of [A|b] is wanted.
+template <typename S, bool kSums>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1
+                                            : kSums        ? 2
+                                                           : 3)
     backward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
-  const int64_t n = blockIdx.x / job.blocks, plane = job.height * job.width, block = blockIdx.x % job.blocks;
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
   const Prepared<S>& p = prepared[n];
   const bool stained = job.stained && !p.stain.skip;
   StainSums<S> sums;
+#pragma unroll 1
   for (int round = 0; round < job.rounds; ++round) {
-    const int64_t pixel = ((block * job.rounds + round) * kThreads + threadIdx.x) * kPixels;
+    const int64_t pixel = ((static_cast<int64_t>(blockIdx.x) * job.rounds + round) * kThreads + threadIdx.x) * kPixels;
     if (pixel >= plane) break;
     const int count = static_cast<int>(min(static_cast<int64_t>(kPixels), plane - pixel));
     S g[3][kPixels], x[3][kPixels];
-    load<S>(job.out, 3 * n * plane, plane, pixel, count, g);
-    if (stained) load<S>(job.image, 3 * n * plane, plane, pixel, count, x);
+    load<S>(job.out, first, plane, pixel, count, g);
+    if (stained) load<S>(job.image, first, plane, pixel, count, x);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       Rgb<S> d = p.finish_vjp({g[0][k], g[1][k], g[2][k]});
       if (stained && k < count) {
         const typename Stain<S>::Vjp v = p.stain.vjp({x[0][k], x[1][k], x[2][k]}, d);
-        if (job.partial) sums.add(v);
+        if constexpr (kSums) sums.add(v);
         d = v.d;
       }
       g[0][k] = d.r, g[1][k] = d.g, g[2][k] = d.b;
     }
-    if (job.grad_image.data) store<S>(job.grad_image, 3 * n * plane, plane, pixel, count, g);
+    if (job.grad_image.data) store<S>(job.grad_image, first, plane, pixel, count, g);
   }
-  if (job.partial) sums.write(job.partial + 12 * blockIdx.x);
+  if constexpr (kSums) sums.write(job.partial + 12 * (n * job.blocks + blockIdx.x));
 }
 
-enum class Pass { kLargest, kScatter };
-
-// 2^scale is what a term is multiplied with to become an integer: the sum of one term per pixel of the output, each at
-// most `largest`, stays below 2^62.
-__device__ __forceinline__ int fixed_point(unsigned largest, int64_t plane) {
-  int exponent;
-  frexp(static_cast<double>(float_of(largest)), &exponent);
-  return 61 - exponent - (64 - __clzll(plane));
-}
-
+// With a warp: the gradient of [A|b].
 template <typename S>
-__device__ __forceinline__ void add_one(const Job& job, int64_t at, int scale, S v) {
-  if (v == S(0)) return;
-  if (job.fixed && isfinite(static_cast<float>(v))) {
-    const long long term = __double2ll_rn(ldexp(static_cast<double>(v), scale));
-    atomicAdd(reinterpret_cast<unsigned long long*>(job.fixed) + at, static_cast<unsigned long long>(term));
-  } else {  // what is not finite adds up to the same in any order
-    atomicAdd(static_cast<S*>(job.scattered) + at, v);
-  }
-}
-
-// Adds the gradient of one sampled pixel to its neighbours. Where the pixel of the next lane continues this one's row,
-// its left neighbours are this one's right ones, and both are added at once. All lanes of a warp take part.
-template <typename S>
-__device__ void scatter(const Job& job, int64_t n, bool active, const Corners<S>& at, const Rgb<S>& d, int scale) {
-  const int64_t plane = job.height * job.width;
-  const int64_t first = active ? at.first : -2, previous = __shfl_up_sync(0xffffffffu, first, 1);
-  const bool lane0 = threadIdx.x % 32 == 0, lane31 = threadIdx.x % 32 == 31;
-  const int64_t following = __shfl_down_sync(0xffffffffu, first, 1);
-  const bool takes = !lane0 && active && previous >= 0 && previous + 1 == first;
-  const bool gives = !lane31 && active && following >= 0 && first + 1 == following;
-  const S value[3] = {d.r, d.g, d.b};
-#pragma unroll
-  for (int y = 0; y < 2; ++y) {
-    const S weight = y ? at.by : at.ay;
-    const int64_t to = at.first + (y ? at.below : 0);
-#pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      S left = active ? weight * at.ax * value[c] : S(0);
-      const S right = active ? weight * at.bx * value[c] : S(0);
-      const S received = __shfl_up_sync(0xffffffffu, right, 1);
-      if (takes) left += received;
-      if (!active) continue;
-      const int64_t base = 3 * n * plane + (job.grad_image.last ? c : c * plane), step = job.grad_image.last ? 3 : 1;
-      add_one(job, base + step * to, scale, left);
-      if (!gives) add_one(job, base + step * (to + at.right), scale, right);
-    }
-  }
-}
-
-template <typename S, Pass P>
 __global__ void __launch_bounds__(kThreads)
-    warped_backward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
-  const Tile<S> tile(job, prepared);
-  const Prepared<S>& p = prepared[tile.n];
-  const int64_t plane = job.height * job.width, first = 3 * tile.n * plane;
-  const bool stained = job.stained && !p.stain.skip;
-  const int scale = P == Pass::kScatter && job.fixed ? fixed_point(job.largest[tile.n], plane) : 0;
+    warped_sums_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
+  const Prepared<S>& p = prepared[n];
   StainSums<S> sums;
-  float largest = 0;
+  if (!p.stain.skip) {
+    const Tile tile(job.width, blockIdx.x);
+    const int row = tile.row + Tile::down(0), column = tile.column + Tile::right(0);
+    const Positions<S> positions(job, p.warp, row, column);
 #pragma unroll 1
-  for (int k = 0; k < kTileSide / kWarps; ++k) {
-    const bool active = tile.inside(job, k);
-    const Corners<S> corners = tile.corners(job, k);
-    Rgb<S> d{};
-    if (active) {
-      d = p.finish_vjp(load_one<S>(job.out, first, plane, tile.pixel(job, k)));
-      if (stained) {
-        const typename Stain<S>::Vjp v = p.stain.vjp(sample<S>(job.image, first, plane, corners), d);
-        if (P == Pass::kScatter && job.partial) sums.add(v);
-        d = v.d;
-      }
-    }
-    if constexpr (P == Pass::kLargest) {
-      const S values[3] = {d.r, d.g, d.b};
-      for (S v : values) {
-        const float size = static_cast<float>(abs_of(v));
-        if (isfinite(size) && size > largest) largest = size;
-      }
-    } else if (job.grad_image.data) {
-      scatter(job, tile.n, active, corners, d, scale);
+    for (int k = 0; k < 4; ++k) {
+      const int down = 16 * (k / 2), right = 16 * (k % 2);
+      if (row + down >= job.height || column + right >= job.width) continue;
+      const int64_t pixel = (row + down) * job.width + column + right;
+      const Rgb<S> d = p.finish_vjp(load_one<S>(job.out, first, plane, pixel));
+      sums.add(p.stain.vjp(sample<S>(job.image, first, plane, positions.at(k / 2, k % 2)), d));
     }
   }
-  if constexpr (P == Pass::kLargest) {
-    // As integers, floats that are not negative have the same order.
-    unsigned bits = bits_of(largest);
-    for (int offset = 16; offset > 0; offset >>= 1) bits = max(bits, __shfl_down_sync(0xffffffffu, bits, offset));
-    if (threadIdx.x % 32 == 0) atomicMax(job.largest + tile.n, bits);
-  } else if (job.partial) {
-    sums.write(job.partial + 12 * blockIdx.x);
-  }
+  sums.write(job.partial + 12 * (n * job.blocks + blockIdx.x));
 }
 
-// From the sums of a scatter to the gradient of the image, in its type.
-template <typename S>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Job job) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, plane = job.height * job.width;
-  if (i >= 3 * job.n * plane) return;
-  S v = static_cast<const S*>(job.scattered)[i];
-  if (job.fixed) {
-    const int scale = fixed_point(job.largest[i / (3 * plane)], plane);
-    v += static_cast<S>(ldexp(static_cast<double>(job.fixed[i]), -scale));
+// Which pixels of the output a warp lets sample near a pixel of the image: the inverse of its linear part. Where it has
+// none that is of use, any pixel may.
+struct Inverse {
+  double ix, iy, jx, jy;  // of row and column of the output, by x and y in the image
+  bool usable;
+
+  __device__ explicit Inverse(const Warp& w) {
+    const double determinant = w.xi * w.yj - w.xj * w.yi;
+    ix = w.yj / determinant, iy = -w.xj / determinant;
+    jx = -w.yi / determinant, jy = w.xi / determinant;
+    usable = fabs(ix) + fabs(iy) + fabs(jx) + fabs(jy) < 1e6;  // false for NaN
   }
-  with_type<S>(job.grad_image.type, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    static_cast<T*>(job.grad_image.data)[i] = static_cast<T>(v);
-  });
+};
+
+struct Range {
+  int begin, end;
+
+  // Integers within `reach` of a position, and of [0, size).
+  template <typename S>
+  static __device__ __forceinline__ Range around(S position, S reach, int size, bool usable) {
+    if (!usable) return {0, size};
+    const S low = ceil(position - reach), high = floor(position + reach) + S(1);
+    return {low > S(0) ? static_cast<int>(min(low, static_cast<S>(size))) : 0,
+            high > S(0) ? static_cast<int>(min(high, static_cast<S>(size))) : 0};
+  }
+};
+
+constexpr double kMargin = 1e-3;  // pixels; more than the rounding of a position
+constexpr int kGathered = 36864;  // bytes of shared memory
+
+// With a warp: the gradient of the image. A block has a tile of the image. It computes the gradients of the pixels of
+// the output that may have sampled there, as many at a time as fit into shared memory, from which every pixel of the
+// tile gathers its own, in a fixed order.
+template <typename S>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
+    warped_backward_kernel(const __grid_constant__ Job job, const Prepared<S>* prepared) {
+  constexpr int kCapacity = kGathered / (3 * sizeof(S)), kWidest = 64;
+  __shared__ S gathered[3][kCapacity];
+  const int64_t n = image_index(), plane = job.height * job.width, first = 3 * n * plane;
+  if (n >= job.n) return;
+  const Prepared<S>& p = prepared[n];
+  const Warp& w = p.warp;
+  const int height = static_cast<int>(job.height), width = static_cast<int>(job.width);
+  const bool stained = job.stained && !p.stain.skip;
+  const Tile tile(job.width, blockIdx.x);
+  const Inverse inverse(w);
+  // The tile and one pixel around it, seen from the output.
+  constexpr double kHalf = 0.5 * (kTileSide + 1);
+  const double cx = tile.column + 0.5 * (kTileSide - 1) - w.x0, cy = tile.row + 0.5 * (kTileSide - 1) - w.y0;
+  const Range rows = Range::around(inverse.ix * cx + inverse.iy * cy,
+                                   kHalf * (fabs(inverse.ix) + fabs(inverse.iy)) + kMargin, height, inverse.usable);
+  const Range columns = Range::around(inverse.jx * cx + inverse.jy * cy,
+                                      kHalf * (fabs(inverse.jx) + fabs(inverse.jy)) + kMargin, width, inverse.usable);
+  const int across = min(columns.end - columns.begin, kWidest), most = across > 0 ? kCapacity / across : 1;
+  S sum[4][3] = {};
+  for (int top = rows.begin; top < rows.end; top += most) {
+    for (int left = columns.begin; left < columns.end; left += across) {
+      const int chunk_height = min(most, rows.end - top), chunk_width = min(across, columns.end - left);
+      __syncthreads();  // the chunk before has been read
+      {
+        const int down = Tile::down(0), right = Tile::right(0);
+        const Positions<S> positions(job, w, top + down, left + right);
+        for (int i = 0; down + 16 * i < chunk_height; ++i) {
+          for (int j = 0; right + 16 * j < chunk_width; ++j) {
+            const int row = down + 16 * i, column = right + 16 * j;
+            const int64_t pixel = static_cast<int64_t>(top + row) * width + left + column;
+            Rgb<S> d = p.finish_vjp(load_one<S>(job.out, first, plane, pixel));
+            if (stained) d = p.stain.vjp(sample<S>(job.image, first, plane, positions.at(i, j)), d).d;
+            const int at = row * chunk_width + column;
+            gathered[0][at] = d.r, gathered[1][at] = d.g, gathered[2][at] = d.b;
+          }
+        }
+      }
+      __syncthreads();
+      const S xi = static_cast<S>(w.xi), xj = static_cast<S>(w.xj);
+      const S yi = static_cast<S>(w.yi), yj = static_cast<S>(w.yj);
+      const S reach_i = static_cast<S>(fabs(inverse.ix) + fabs(inverse.iy) + kMargin);
+      const S reach_j = static_cast<S>(fabs(inverse.jx) + fabs(inverse.jy) + kMargin);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const double x = tile.column + Tile::right(k) - w.x0, y = tile.row + Tile::down(k) - w.y0;
+        const Range is =
+            Range::around(static_cast<S>(inverse.ix * x + inverse.iy * y - top), reach_i, chunk_height, inverse.usable);
+        const Range js =
+            Range::around(static_cast<S>(inverse.jx * x + inverse.jy * y - left), reach_j, chunk_width, inverse.usable);
+        // How far the first of them samples from this pixel.
+        const double i0 = top + is.begin, j0 = left + js.begin;
+        S dx = static_cast<S>(w.xi * i0 + w.xj * j0 - x), dy = static_cast<S>(w.yi * i0 + w.yj * j0 - y);
+        for (int i = is.begin; i < is.end; ++i, dx += xi, dy += yi) {
+          S ex = dx, ey = dy;
+          for (int j = js.begin; j < js.end; ++j, ex += xj, ey += yj) {
+            const S weight = Neighbours<S>::hat(ex) * Neighbours<S>::hat(ey);
+            if (!(weight > S(0))) continue;
+            const int at = i * chunk_width + j;
+            sum[k][0] += weight * gathered[0][at];
+            sum[k][1] += weight * gathered[1][at];
+            sum[k][2] += weight * gathered[2][at];
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int row = tile.row + Tile::down(k), column = tile.column + Tile::right(k);
+    if (row >= height || column >= width) continue;
+    store_one<S>(job.grad_image, first, plane, static_cast<int64_t>(row) * width + column,
+                 {sum[k][0], sum[k][1], sum[k][2]});
+  }
 }
 
 // One warp per value: lanes strided over the blocks, so that the order is fixed.

@@ -101,15 +101,17 @@ def load_dataset(
         raise UsageError(f"--image-size must be at least 1, got {image_size}")
     entry = DATASETS[name]
     options: dict[str, Any] = {}
-    if entry.needs_root:
-        if root is None:
-            raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
+    if root is not None:
         root = Path(root)
         if not root.is_dir():
             raise UsageError(f"--data-root {root} is not a folder")
         if is_prepared(root):
             return load_prepared(root, name, image_size, Path(cache), workers, progress)
+        if not entry.needs_root:
+            raise UsageError(f"dataset {name!r} is drawn: it reads no --data-root but a folder that 'data prepare' wrote")
         options["root"] = root
+    elif entry.needs_root:
+        raise UsageError(f"dataset {name!r} reads your files: say where they are with --data-root")
     return entry.load(
         image_size=image_size, seed=seed, cache=Path(cache), workers=workers, progress=progress, **options
     )

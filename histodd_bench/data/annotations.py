@@ -22,6 +22,7 @@ _TUMOUR_GROUPS, _CUT_OUT = ("Tumor", "_0", "_1"), "_2"  # of the Camelyon challe
 _LARGEST_FILE = 1 << 29  # bytes
 _FINE = 32  # pixels per side of a patch in which its coverage is counted
 _BAND = 1 << 24  # pixels rasterised at once
+_FARTHEST = 1 << 24  # level-0 pixels; outlines may reach beyond their slide, but not to another one
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,16 @@ def _asap_points(node: Any, path: Path, name: str) -> np.ndarray:
 
 def _area_points(points: Any, path: Path, name: str) -> np.ndarray:
     try:
-        found = np.array([(float(x), float(y)) for x, y, *_ in points], dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+        pairs = [(x, y) for x, y, *_ in points]
+        if not all(type(value) in (int, float) for pair in pairs for value in pair):
+            raise TypeError
+        found = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
         raise SlideError(path, f"annotation {name!r} has a coordinate that is no number") from None
     if len(found) < 3 or not np.isfinite(found).all():
         raise SlideError(path, f"annotation {name!r} is no area: it has {len(found)} points, or not finite ones")
+    if np.abs(found).max() > _FARTHEST:
+        raise SlideError(path, f"annotation {name!r} has a coordinate that is outside of any slide")
     return found
 
 
@@ -127,18 +133,26 @@ def read_geojson(path: Path) -> list[Polygon]:
         if not isinstance(feature, dict) or not isinstance(feature.get("geometry"), dict):
             raise SlideError(path, f"feature {number} has no geometry: export it from QuPath as GeoJSON")
         properties = feature.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise SlideError(path, f"feature {number} has properties that are no JSON object")
         if str(properties.get("objectType", "annotation")).lower() not in ("annotation", "unknown"):
             continue
-        label = properties.get("classification") or ""
-        name = str(label.get("name", "") if isinstance(label, dict) else label)
+        label = properties.get("classification")
+        name = (label.get("name") if isinstance(label, dict) else label) or ""
+        if not isinstance(name, str):
+            raise SlideError(path, f"feature {number} has a classification that is no name")
         polygons += _geometry(feature["geometry"], path, name, str(properties.get("name") or name or number))
     return polygons
 
 
-def _geometry(geometry: dict[str, Any], path: Path, name: str, title: str, depth: int = 0) -> list[Polygon]:
+def _geometry(geometry: Any, path: Path, name: str, title: str, depth: int = 0) -> list[Polygon]:
+    if not isinstance(geometry, dict):
+        raise SlideError(path, f"annotation {title!r} has a part that is no geometry")
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
     if kind == "GeometryCollection" and depth < 4:
         parts = geometry.get("geometries") or []
+        if not isinstance(parts, list):
+            raise SlideError(path, f"annotation {title!r} has geometries that are no list")
         return [p for part in parts for p in _geometry(part, path, name, title, depth + 1)]
     if kind in ("Point", "MultiPoint"):
         return []
@@ -146,8 +160,10 @@ def _geometry(geometry: dict[str, Any], path: Path, name: str, title: str, depth
         raise SlideError(
             path, f"annotation {title!r} is an open line, no area: close it, or delete it, and export again"
         )
-    if kind not in ("Polygon", "MultiPolygon") or not isinstance(coordinates, list):
+    if kind not in ("Polygon", "MultiPolygon"):
         raise SlideError(path, f"annotation {title!r} is of unknown kind {kind!r}: expected Polygon or MultiPolygon")
+    if not isinstance(coordinates, list):
+        raise SlideError(path, f"annotation {title!r} has coordinates that are no list")
     cut_out = name.lower().startswith("ignore")
     polygons = []
     for rings in [coordinates] if kind == "Polygon" else coordinates:

@@ -47,7 +47,7 @@ def read_coordinates(path: Path, slide: Slide, side: float) -> np.ndarray:
             corners = coords[:].astype(np.int64)
         level, size = int(attributes["patch_level"]), int(attributes["patch_size"])
         width = size * slide.levels[level][2]
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise SlideError(path, f"no CLAM coordinates of this slide ({error})") from None
     if abs(width / side - 1) > _TOLERANCE:
         raise SlideError(

@@ -8,12 +8,8 @@ well a method does on pathology.
 
 import csv
 import io
-import multiprocessing
-import os
-import signal
-import threading
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +22,11 @@ from histodd_bench.data.annotations import polygon_mask, read_asap
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
 from histodd_bench.data.images import resize
 from histodd_bench.data.pyramid import write_pyramid
-from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, locked
+from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.tissue import tissue_mask
 from histodd_bench.errors import HistoddError, UsageError
-from histodd_bench.files import digest, write_text
+from histodd_bench.files import digest, locked, write_text
+from histodd_bench.workers import Report, run_workers
 
 CLASSES = ("normal", "tumour")
 CENTRES = ("centre A", "centre B")
@@ -139,25 +136,20 @@ def _is_done(stem: Path) -> bool:
 
 
 def _run(jobs: list[tuple[Path, DemoParams, int, int]], workers: int) -> Generator[None, None, None]:
-    workers = min(workers, len(jobs))
-    if workers <= 1:
+    if min(workers, len(jobs)) <= 1:
         yield from map(_draw, jobs)
-    else:
-        # Spawned, not forked: the parent may run threads of torch and of the progress display.
-        with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:
-            yield from pool.imap_unordered(_draw, jobs)
+        return
+    with closing(run_workers(_opened, jobs, workers)) as events:
+        for kind, _, value in events:
+            if kind == "died":
+                raise HistoddError(
+                    f"a process that draws slides died (exit code {value}): the same command goes on, try a lower --workers"
+                )
+            yield
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
-
-    def die_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
+def _opened(report: Report) -> Callable[[tuple[Path, DemoParams, int, int]], None]:
+    return _draw
 
 
 def _draw(job: tuple[Path, DemoParams, int, int]) -> None:

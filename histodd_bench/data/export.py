@@ -60,9 +60,15 @@ def export_coordinates(root: Path, out: Path) -> int:
     facts = described.get("slides") or {}
     if not any(fact.get("levels") for fact in facts.values()):
         raise HistoddError(f"{root} was not cut out of slides: there are no coordinates to write")
-    tiling = described["settings"]["tiling"]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    try:
+        return _write_coordinates(root, out, facts, described["settings"]["tiling"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise HistoddError(f"{root / 'dataset.json'} is damaged ({error!r}): prepare the data set again") from None
+
+
+def _write_coordinates(root: Path, out: Path, facts: dict[str, Any], tiling: dict[str, Any]) -> int:
     written: set[str] = set()
     for split in ("train", "test"):
         columns, names = store.load_columns(root / split), store.slide_names(root / split)

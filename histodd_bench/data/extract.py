@@ -16,11 +16,11 @@ import numpy as np
 
 from histodd_bench.data import store
 from histodd_bench.data.jobs import Job, Report, Source, Tiling
-from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, locked
+from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.template import write_template
 from histodd_bench.data.workers import Failed, run_jobs
 from histodd_bench.errors import HistoddError
-from histodd_bench.files import digest, writing
+from histodd_bench.files import digest, locked, writing
 
 SHARDS = "slides"
 _CHUNK = 512  # patches copied at once
@@ -36,6 +36,13 @@ class Outcome:
     new: int = 0
     patches: int = 0
     seconds: float = 0.0
+
+    def add(self, other: "Outcome") -> None:
+        """Take in what was done for other slides."""
+        self.shards |= other.shards
+        self.failed |= other.failed
+        self.new, self.patches = self.new + other.new, self.patches + other.patches
+        self.seconds += other.seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,19 @@ def safe_name(text: str) -> str:
 def shard_folder(folder: Path, job: Job, tiling: Tiling, image_size: int, classes: Sequence[str]) -> Path:
     """Where the shard of a job is."""
     return folder / f"{safe_name(job.slide)}-{job.key(tiling, image_size, classes)[:16]}"
+
+
+def require_sides(source: Source) -> None:
+    """Refuse a source without training or without test slides, before hours of work are put into it.
+
+    Raises:
+        HistoddError: naming the side.
+    """
+    for split, what in (("train", "learn from"), ("test", "score on")):
+        if not any(job.split == split for job in source.jobs):
+            raise HistoddError(
+                f"{source.name}: none of {len(source.jobs)} slides is in the {split} set: add slides to {what}, or change the split"
+            )
 
 
 def extract(
@@ -108,13 +128,9 @@ def extract(
 
 
 def _extract_one(item: _Extraction, report: Report) -> None:
-    lock = item.target.with_name(item.target.name + ".lock")
-    with locked(lock):  # another process may be at the same slide
-        try:
-            if not _finished(item.target):
-                item.job.extract(item.target, item.tiling, item.image_size, item.classes, report)
-        finally:
-            lock.unlink(missing_ok=True)
+    with locked(item.target.with_name(item.target.name + ".lock")):  # another process may be at the same slide
+        if not _finished(item.target):
+            item.job.extract(item.target, item.tiling, item.image_size, item.classes, report)
 
 
 def _finished(target: Path) -> bool:
@@ -129,6 +145,7 @@ def estimate(
     source: Source, tiling: Tiling, *, workers: int = 1, progress: Any
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Patches per class that each slide would give, without reading them, and the slides that cannot be used."""
+    require_sides(source)
     counts: dict[str, list[int]] = {}
     failed: dict[str, str] = {}
     items = [_Extraction(job, Path(), tiling, 1, source.classes) for job in source.jobs]
@@ -156,7 +173,7 @@ def merge(
         Notes for the reader of results, and per slide what is known of it, as JSON values.
 
     Raises:
-        HistoddError: no training patches of a class.
+        HistoddError: no training patches of a class, or no test patches.
     """
     about = {slide: store.about(path) for slide, path in outcome.shards.items()}
     jobs, copies = _without_copies(source.jobs, about)
@@ -165,10 +182,12 @@ def merge(
         for split in ("train", "test"):
             part = sorted((job for job in jobs if job.split == split), key=lambda job: job.slide)
             counts = _write_split(source, part, outcome.shards, image_size, folder / split, task.advance)
+            lost = f"; {_sentence(outcome.failed, 'slides could not be used')}" if outcome.failed else ""
             for name, count in zip(source.classes, counts, strict=True):
                 if split == "train" and count == 0:
-                    lost = f"; {_sentence(outcome.failed, 'slides could not be used')}" if outcome.failed else ""
                     raise HistoddError(f"{source.name}: class {name!r} has no training patch{lost}")
+            if split == "test" and not any(counts):
+                raise HistoddError(f"{source.name}: there is no test patch{lost}")
     write_template(folder, progress)
     notes = list(source.notes)
     if outcome.failed:
@@ -232,6 +251,7 @@ def _write_split(
 
 def load_source(source: Source, image_size: int, cache: Path, workers: int, progress: Any) -> Dataset:
     """Open the patches of a source, from the cache where they have been extracted before."""
+    require_sides(source)
     keys = [
         [job.slide, job.patient, job.split, job.centre, job.key(source.tiling, image_size, source.classes)]
         for job in source.jobs

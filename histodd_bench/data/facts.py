@@ -24,7 +24,7 @@ FACTS = {
         "Camelyon16 (Ehteshami Bejnordi et al. 2017): lymph nodes, normal against tumour; 256 px at 5x",
         (
             "training: 159 normal and 111 tumour slides, test: 80 normal and 49 tumour slides, of Radboud and Utrecht",
-            "20 tumour slides are not exhaustively annotated: they give no normal patches",
+            "20 tumour slides and test_114 are not exhaustively annotated: they give no normal patches",
             "normal_086 became tumor_111 and test_049 is a duplicate: neither is part of it",
             "the paper's patch counts follow its own rules for tissue and partly covered patches, which it does not state",
         ),

@@ -1,8 +1,10 @@
 """Downloading what is openly downloadable: resumed where it broke off, checked against published checksums."""
 
 import gzip
+import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from histodd_bench.files import PARTIAL, writing
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+_LARGEST_LIST = 1 << 24  # bytes; 200,000 files
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,15 @@ def fetch(files: list[Remote], out: Path, progress: Any) -> list[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
         title = f"{remote.name} ({number} of {len(files)})"
 
-        def download(url: str, output: str, _: Any, target: Path = target, title: str = title) -> None:
-            partial = target.with_name(target.name + PARTIAL)
+        partial = target.with_name(target.name + PARTIAL)  # stays until the checksum was right
+
+        def download(url: str, output: str, _: Any, partial: Path = partial, title: str = title) -> None:
             _resume(url, partial, title, progress)
-            shutil.move(partial, output)
+            Path(output).unlink()
+            try:
+                os.link(partial, output)
+            except OSError:  # a file system without links
+                shutil.copyfile(partial, output)
 
         try:
             pooch.retrieve(
@@ -114,9 +122,11 @@ def fetch(files: list[Remote], out: Path, progress: Any) -> list[Path]:
         except ValueError as error:
             if "hash" not in str(error).lower():
                 raise
+            partial.unlink(missing_ok=True)
             raise HistoddError(
                 f"{remote.name}: what {remote.url} sent has another checksum than published: try again later"
             ) from None
+        partial.unlink(missing_ok=True)
         if final != target:
             _unpack(target, final)
         done.append(final)
@@ -131,6 +141,7 @@ def remote_files(name: str) -> list[Remote]:
     """
     if name not in REMOTES:
         raise HistoddError(f"{name} cannot be downloaded by a program: {FACTS[name].where}")
+    _pooch()  # says what to install before a server is asked
     return REMOTES[name](_read_text)
 
 
@@ -163,9 +174,19 @@ def _request(url: str, first: int = 0) -> Any:
 
 
 def _read_text(url: str) -> str:
-    _pooch()
+    """A list of checksums; nothing is kept of one that does not end."""
+    import requests
+
+    content = b""
     with _request(url) as answer:
-        return str(answer.content[: 1 << 24].decode("utf-8", "replace"))
+        try:
+            for chunk in answer.iter_content(1 << 16):
+                content += chunk
+                if len(content) > _LARGEST_LIST:
+                    raise HistoddError(f"{url} is larger than any list of checksums: try again later")
+        except requests.RequestException as error:
+            raise HistoddError(f"{url} broke off ({type(error).__name__}): try again") from None
+    return content.decode("utf-8", "replace")
 
 
 def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
@@ -179,7 +200,8 @@ def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
     with answer:
         if answer.status_code == 200:
             first = 0
-        total = first + int(answer.headers.get("Content-Length") or 0)
+        length = answer.headers.get("Content-Length", "")
+        total = first + int(length) if length.isdecimal() else 0
         mega = 1 << 20
         with writing(partial):
             file = open(partial, "ab" if first else "wb")
@@ -202,10 +224,21 @@ def _resume(url: str, partial: Path, title: str, progress: Any) -> None:
 def _unpack(packed: Path, target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     try:
-        with gzip.open(packed, "rb") as source, writing(target), open(partial, "wb") as file:
-            shutil.copyfileobj(source, file, _CHUNK)
-    except (EOFError, gzip.BadGzipFile) as error:
+        with writing(target):
+            file = open(partial, "wb")
+        with file, gzip.open(packed, "rb") as source:
+            while chunk := _read(source, packed):
+                with writing(target):
+                    file.write(chunk)
+        with writing(target):
+            partial.replace(target)
+            packed.unlink()
+    finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(source: gzip.GzipFile, packed: Path) -> bytes:
+    try:
+        return source.read(_CHUNK)
+    except (EOFError, OSError, zlib.error) as error:
         raise HistoddError(f"{packed} is damaged ({error}): delete it and fetch it again") from None
-    partial.replace(target)
-    packed.unlink()

@@ -20,7 +20,7 @@ from histodd_bench.errors import HistoddError
 CLASSES = ("non-IDC", "IDC")
 TEST_FRACTION = 0.3
 _VERSION = 1
-_NAME = re.compile(r"(?P<patient>.+)_idx5_x(?P<x>\d+)_y(?P<y>\d+)_class(?P<label>[01])\.png", re.IGNORECASE)
+_NAME = re.compile(r"(?P<patient>.+)_idx5_x(?P<x>\d{1,9})_y(?P<y>\d{1,9})_class(?P<label>[01])\.png", re.IGNORECASE)
 
 
 def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:

@@ -215,7 +215,7 @@ def write_stores(
         Notes: at most one sentence.
 
     Raises:
-        HistoddError: a class that the listing has is left without a single readable training image.
+        HistoddError: a class that the listing has is left without a single readable training image, or no test image is.
     """
     left_out = list(skipped)
     total = len(left_out) + sum(map(len, splits.values()))
@@ -232,6 +232,10 @@ def write_stores(
                     raise HistoddError(
                         f"{printable(root)}: class {name!r} has no readable training image; {_skips(left_out, total, root)}"
                     )
+            if split == "test" and not any(counts):
+                raise HistoddError(
+                    f"{printable(root)}: there is no readable test image; {_skips(left_out, total, root)}"
+                )
     return [_skips(left_out, total, root)] if left_out else []
 
 

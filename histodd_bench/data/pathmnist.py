@@ -94,7 +94,7 @@ def _labels(archive: zipfile.ZipFile, split: str) -> np.ndarray:
     try:
         shape, dtype = zip_array(archive, f"{split}_images")
         labels = np.concatenate([*read_zip_array(archive, f"{split}_labels")]).reshape(-1).astype(np.int64)
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise HistoddError(f"{archive.filename} is not PathMNIST's ({error}): fetch it again") from None
     if (
         len(shape) != 4
@@ -102,6 +102,7 @@ def _labels(archive: zipfile.ZipFile, split: str) -> np.ndarray:
         or dtype != np.uint8
         or shape[0] != len(labels)
         or labels.max(initial=0) >= len(CLASSES)
+        or labels.min(initial=0) < 0
     ):
         raise HistoddError(
             f"{archive.filename} is not PathMNIST's: {split}_images is {dtype} {shape} for {len(labels)} labels"

@@ -113,6 +113,6 @@ def _meta(root: Path, split: str, count: int) -> tuple[list[str], dict[str, Any]
         raise HistoddError(f"{path} has {len(rows)} lines for {count} patches: it belongs to another file")
     try:
         columns = {axis: np.array([int(float(row[f"coord_{axis}"])) for row in rows], dtype=np.int64) for axis in "xy"}
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise HistoddError(f"{path} has a coordinate that is no number ({error})") from None
     return [row["wsi"] for row in rows], columns

@@ -6,23 +6,23 @@ so that a folder without it is not taken for a finished dataset.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from histodd_bench.data import store
-from histodd_bench.data.extract import SHARDS, Outcome, extract, merge
+from histodd_bench.data.extract import SHARDS, Outcome, extract, merge, require_sides
 from histodd_bench.data.images import resize
-from histodd_bench.data.jobs import Source, Tiling
+from histodd_bench.data.jobs import Job, Source, Tiling
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, locked, read_dataset, write_dataset
+from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, read_dataset, write_dataset
 from histodd_bench.data.template import write_template
 from histodd_bench.errors import UsageError
-from histodd_bench.files import writing
+from histodd_bench.files import canonical, locked, move_folder, write_text, writing
 
 _FILE = "dataset.json"
 _CHUNK = 512
@@ -47,18 +47,31 @@ def prepare(
 
     Raises:
         UsageError: ``out`` holds something else.
-        HistoddError: it cannot be written, or a class has no training patch.
+        HistoddError: it cannot be written, a class has no training patch, or there is no test patch.
     """
+    require_sides(source)
     settings = {"tiling": asdict(tiling), "image_size": image_size, "classes": list(source.classes)}
     wanted = {j.slide: [j.key(tiling, image_size, source.classes), j.split, j.patient, j.centre] for j in source.jobs}
     have = _check_out(out, source.name, settings)
-    included = have.get("slides_in") if have else None
+    included = have.get("slides_in", {}) if have else {}
     if included == wanted:
         progress.log(f"{out}: already prepared, nothing to do")
         return Outcome()
-    outcome = extract(source, tiling, image_size, out / SHARDS, workers=workers, share=share, progress=progress)
+    _claim(out / SHARDS, source.name, settings)
+
+    def extracted(jobs: Iterable[Job]) -> Outcome:
+        part = replace(source, jobs=tuple(jobs))
+        return extract(part, tiling, image_size, out / SHARDS, workers=workers, share=share, progress=progress)
+
     if share != (1, 1):
-        return outcome
+        return extracted(source.jobs)
+    outcome = extracted(job for job in source.jobs if included.get(job.slide) != wanted[job.slide])
+    if included:
+        # Only what is new, changed, or could not be used the last time was tried: where nothing came of it, all stays.
+        if included == {slide: value for slide, value in wanted.items() if slide not in outcome.failed}:
+            progress.log(f"{out}: already prepared; {len(outcome.failed)} slides still cannot be used")
+            return outcome
+        outcome.add(extracted(job for job in source.jobs if included.get(job.slide) == wanted[job.slide]))
     with locked(out / ".collecting.lock"):
         if is_prepared(out) and read_dataset(out).get("slides_in") == wanted:  # another process was faster
             shutil.rmtree(out / SHARDS, ignore_errors=True)
@@ -89,19 +102,19 @@ def prepare_files(
         As :func:`prepare` and the adapter.
     """
     settings = {"image_size": image_size, **{k: str(v) for k, v in options.items() if k in ("root", "seed")}}
-    if _check_out(out, name, settings):
-        progress.log(f"{out}: already prepared, nothing to do")
-        return
-    work = out / "work"
-    dataset = load(image_size=image_size, cache=work, progress=progress, **options)
-    assert dataset.folder is not None
-    with writing(out):
+    _check_out(out, name, settings)
+    with locked(out / ".collecting.lock"):
+        if _check_out(out, name, settings):
+            progress.log(f"{out}: already prepared, nothing to do")
+            return
+        work = out / "work"
+        dataset = load(image_size=image_size, cache=work, progress=progress, **options)
+        assert dataset.folder is not None
         for split in ("train", "test"):
-            shutil.rmtree(out / split, ignore_errors=True)  # of an interrupted run
-            (dataset.folder / split).rename(out / split)
-    write_template(out, progress)
-    write_dataset(out, dataset.notes, dataset=name, procedural=dataset.procedural, settings=settings)
-    shutil.rmtree(work, ignore_errors=True)
+            move_folder(dataset.folder / split, out / split)
+        write_template(out, progress)
+        write_dataset(out, dataset.notes, dataset=name, procedural=dataset.procedural, settings=settings)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_out(out: Path, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -122,6 +135,18 @@ def _check_out(out: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def _claim(shards: Path, name: str, settings: dict[str, Any]) -> None:
+    """Say in a folder of extracted slides what they are for; refuse one that is for something else, which would be lost."""
+    path, mine = shards / "settings.json", canonical({"dataset": name, **settings})
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            write_text(path, mine)
+        elif path.read_text(encoding="utf-8", errors="replace") != mine:
+            raise UsageError(
+                f"{shards} holds slides extracted for another data set or with other settings: choose another --out, or delete it"
+            )
 
 
 def load_prepared(root: Path, name: str, image_size: int, cache: Path, workers: int, progress: Any) -> Dataset:
@@ -166,18 +191,6 @@ def _resized(patches: PatchSet, size: int, target: Path, workers: int, advance: 
                 writer.append(images, patches.labels[part].tolist(), groups, **more)
                 advance(len(images))
         writer.finish()
-
-
-def check_share(text: str) -> tuple[int, int]:
-    """``i/n`` as numbers, 1 <= i <= n.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    left, slash, right = text.partition("/")
-    if slash and left.isdigit() and right.isdigit() and 1 <= int(left) <= int(right):
-        return int(left), int(right)
-    raise UsageError(f"--shard must be i/n with 1 <= i <= n, e.g. 2/8, got {text!r}")
 
 
 def require_other(out: Path, root: Path | None) -> None:

@@ -6,14 +6,12 @@ and a ``test`` store, ``dataset.json`` and, where it was made from slides, ``tem
 final place and renamed when complete.
 """
 
-import fcntl
 import json
 import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,7 +21,7 @@ import torch
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError
-from histodd_bench.files import PARTIAL, digest, write_text, writing
+from histodd_bench.files import PARTIAL, digest, locked, move_folder, write_text, writing
 
 if TYPE_CHECKING:
     from histodd_bench.stain import Preprocessing
@@ -163,7 +161,7 @@ class StoreWriter:
         if fingerprint:
             meta["fingerprint"] = _open(self._partial, meta).fingerprint()
         write_text(self._partial / "meta.json", json.dumps(meta))
-        _move_into_place(self._partial, self.folder)
+        move_folder(self._partial, self.folder)
         return load(self.folder)
 
     def _sync_close(self) -> None:
@@ -180,18 +178,6 @@ class StoreWriter:
         except OSError:
             pass
         shutil.rmtree(self._partial, ignore_errors=True)
-
-
-def _move_into_place(partial: Path, folder: Path) -> None:
-    with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        parent = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -306,20 +292,6 @@ def read_dataset(folder: Path) -> dict[str, Any]:
     return _read_json(Path(folder) / "dataset.json")
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file lock, so that two processes that want the same thing build it once. Released when a process dies."""
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # file systems without locks: the renames still keep every result whole
-        yield
-
-
 def cached_dataset(
     cache: Path, name: str, key: dict[str, Any], procedural: bool, build: Callable[[Path], Sequence[str]], progress: Any
 ) -> Dataset:
@@ -349,8 +321,10 @@ def cached_dataset(
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             notes = list(build(partial))
+            if not len(load(partial / "test")):
+                raise HistoddError(f"{name}: there is no test patch: nothing could be scored")
             write_dataset(partial, notes)
-            _move_into_place(partial, folder)
+            move_folder(partial, folder)
         except HistoddError:
             shutil.rmtree(partial, ignore_errors=True)
             raise

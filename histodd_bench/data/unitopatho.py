@@ -6,6 +6,7 @@ of PNG files per class. Both scales together are the paper's data: 9,536 patches
 and so uses the adenomas (TA, TVA) only. Every slide is a patient of its own; the split is the official one.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def _label(name: str, kind: str) -> int | None:
 
 def _number(row: dict[str, str], name: str, where: str) -> float:
     try:
-        return float(row.get(name) or 0)
+        value = float(row.get(name) or 0)
     except ValueError:
-        raise HistoddError(f"{where}: {name} must be a number, got {row[name]!r}") from None
+        value = math.nan
+    if not abs(value) < 1e9:
+        raise HistoddError(f"{where}: {name} must be a number, got {row[name]!r}")
+    return value

@@ -1,20 +1,16 @@
 """One job after another on several processes: a slide that kills its process is that slide's fault and nobody else's."""
 
-import ctypes
 import multiprocessing
-import signal
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from contextlib import closing
 from typing import Any
 
 from histodd_bench.data.images import UnreadableImage
 from histodd_bench.data.wsi import SlideError
 from histodd_bench.errors import HistoddError
+from histodd_bench.workers import Report, run_workers
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS = 0.5  # between two reports of a worker
 
 Work = Callable[[Any, Callable[[int], object]], Any]
@@ -49,53 +45,13 @@ def run_jobs(
     # forked from imports everything once, for all of them.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
-    queue, busy, processes = deque(range(len(jobs))), dict[Connection, int](), dict[Connection, Any]()
-
-    def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_live, args=(work, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes[ours] = process
-
-    try:
-        for _ in range(min(workers, len(jobs))):
-            start()
-        while processes:
-            for connection in wait(list(processes)):
-                assert isinstance(connection, Connection)
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    process = processes.pop(connection)
-                    process.join(5)
-                    if connection not in busy:
-                        raise HistoddError(
-                            f"a worker process ended before it did anything (exit code {process.exitcode}): the machine may "
-                            "be short of memory, try a lower --workers"
-                        ) from None
-                    yield busy.pop(connection), Failed(f"the process reading it died (exit code {process.exitcode})")
-                    if queue:
-                        start()
-                    continue
-                if kind == "advance":
-                    advance(value)
-                    continue
-                if kind == "fatal":
-                    raise HistoddError(value)
-                if kind == "done":
-                    yield busy.pop(connection), value
-                if queue:
-                    busy[connection] = queue.popleft()
-                    connection.send(jobs[busy[connection]])
-                else:
-                    connection.send(None)
-                    processes.pop(connection).join()
-    finally:
-        for process in processes.values():
-            process.kill()
-        for process in processes.values():
-            process.join()
+    events = run_workers(_opened, jobs, workers, context=context, arguments=lambda number: (work,))
+    with closing(events):
+        for kind, index, value in events:
+            if kind == "report":
+                advance(value)
+            else:
+                yield index, Failed(f"the process reading it died (exit code {value})") if kind == "died" else value
 
 
 def _outcome(work: Work, job: Any, report: Callable[[int], object]) -> Any:
@@ -110,29 +66,24 @@ def _outcome(work: Work, job: Any, report: Callable[[int], object]) -> Any:
         return Failed(f"{type(error).__name__}: {text}")
 
 
-def _live(work: Work, connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _opened(work: Work, report: Report) -> Callable[[Any], Any]:
+    """What a worker does with a job: reports of the work are added up and passed on now and then."""
     pending, last = 0, time.monotonic()
 
-    def report(n: int) -> None:
+    def pass_on() -> None:
         nonlocal pending, last
+        report(pending)
+        pending, last = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal pending
         pending += n
         if time.monotonic() - last >= _SECONDS:
-            connection.send(("advance", pending))
-            pending, last = 0, time.monotonic()
+            pass_on()
 
-    try:
-        connection.send(("ready", None))
-        while (job := connection.recv()) is not None:
-            try:
-                result = _outcome(work, job, report)
-            except HistoddError as error:
-                connection.send(("fatal", str(error)))
-                return
-            connection.send(("advance", pending))
-            pending = 0
-            connection.send(("done", result))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is gone
+    def do(job: Any) -> Any:
+        result = _outcome(work, job, advance)
+        pass_on()
+        return result
+
+    return do

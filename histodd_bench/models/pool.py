@@ -1,11 +1,10 @@
 """ModelPool: the pre-trained networks S of Algorithm 1, trained once, cached on disk, resumable after any epoch."""
 
 import dataclasses
-import fcntl
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError, UsageError
-from histodd_bench.files import digest, read_state, save_state, write_text, writing
+from histodd_bench.files import digest, locked, read_state, save_state, write_text
 from histodd_bench.models.registry import build
 from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing, describe, fit_set
@@ -274,21 +273,9 @@ class ForgettingCounts:
             getattr(self, name).copy_(values)
 
 
-@contextmanager
-def _alone(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of a file in the pool, for caches shared by several runs. The system releases it when the process dies."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.log(f"waiting for another run that makes {path}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # file systems without locks: renames still keep every file whole
-        yield
+def _alone(path: Path, progress: Progress) -> AbstractContextManager[None]:
+    """Hold the lock of a file in the pool, for caches shared by several runs."""
+    return locked(path.with_suffix(".lock"), lambda: progress.log(f"waiting for another run that makes {path}"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -97,9 +97,8 @@ def stain_augment(
     Returns:
         ``[N,3,H,W]``: bilinear intensities (outside = white) -> optical density -> ``A od + b`` ->
         ``clamp(io exp(-od'), 0, 255) / 255`` -> ``(x - mean) / std``. Differentiable once in ``image`` and ``stain``:
-        differentiating the derivative raises. Nothing but the inputs is kept for the backward pass. On CUDA the
-        gradient of a warped image is added up with atomics, or in a fixed order under
-        ``torch.use_deterministic_algorithms``; everything else is always deterministic.
+        differentiating the derivative raises. Nothing but the inputs is kept for the backward pass, and everything
+        is added up in a fixed order: the same call gives the same bits.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; ``mean`` without ``std``; a ``warp``, ``mean`` or ``std`` that

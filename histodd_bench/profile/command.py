@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.errors import UsageError, unknown_name
-from histodd_bench.files import write_text
+from histodd_bench.files import require_writable, write_text, writing
 
 
 def run_profile(args: argparse.Namespace, threads: int) -> int:
-    """Measure what the options ask for, write the record and print it; with ``--show`` print one that is there."""
+    """Measure what the options ask for, write the record and print it; with ``--show`` print one that is there.
+
+    ``threads`` are used where the options name none.
+    """
     from histodd_bench.profile.report import show
 
     if args.show:
+        others = {"--quick": args.quick, "--shapes": args.shapes, "--dtypes": args.dtypes, "--backends": args.backends,
+                  "--images": args.images, "--seconds": args.seconds, "--device": args.device, "--threads": args.threads,
+                  "--out": args.out, "--trace": args.trace, "what to measure": args.what}  # fmt: skip
+        unused = [name for name, value in others.items() if value]
+        if unused:
+            raise UsageError(f"--show prints a record and measures nothing: {unused[0]} does not go with it")
         show(read_record(args.show))
         return 0
-    import torch
-
+    threads = args.threads or threads
     from histodd_bench.environment import configure
     from histodd_bench.profile.problems import DEFAULT_DTYPES, DTYPES, OPERATORS, QUICK_SHAPES, SHAPES
     from histodd_bench.profile.run import Request, measure, trace
@@ -39,8 +47,10 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    device = configure(args.device, threads)
-    torch.use_deterministic_algorithms(False)  # both ways are measured where there is a choice
+    for path, option in ((args.out, "--out"), (args.trace, "--trace")):
+        if path is not None:
+            require_writable(path, option)
+    device = configure(args.device or "auto", threads)
     request = Request(
         operators=tuple(dict.fromkeys(args.what)) or known,
         shapes=args.shapes or (QUICK_SHAPES if args.quick else SHAPES),
@@ -56,7 +66,8 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
     out = args.out or Path("runs") / "profile" / f"{device_folder(record)}.json"
     write_text(out, json.dumps(record, indent=1) + "\n")
     if args.trace:
-        trace(request, args.trace, log)
+        with writing(args.trace, "--trace"):
+            trace(request, args.trace, log)
         log(f"trace: {args.trace}")
     show(record)
     log(f"record: {out}")
@@ -117,4 +128,4 @@ def _command(args: argparse.Namespace, threads: int) -> str:
         line += ["--images", "DIR"]
     if args.seconds:
         line += ["--seconds", f"{args.seconds:g}"]
-    return shlex.join([*line, "--device", args.device, "--threads", str(threads)])
+    return shlex.join([*line, "--device", args.device or "auto", "--threads", str(threads)])

@@ -18,7 +18,6 @@ DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float
 DEFAULT_DTYPES = ("uint8", "float32")
 COMPILED, REFERENCE = "compiled", "reference"
 OTHERS = (
-    "compiled (deterministic)",
     "torch.compile",
     "plain",
     "torch.compile of plain",
@@ -111,18 +110,6 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _deterministic(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same, with a gradient that is added up in a fixed order; the setting is read when that is done."""
-
-    def run(*inputs: Any) -> Tensor:
-        out = function(*inputs)
-        out.grad_fn.register_prehook(lambda grads: torch.use_deterministic_algorithms(True))  # type: ignore[union-attr]
-        out.grad_fn.register_hook(lambda before, after: torch.use_deterministic_algorithms(False))  # type: ignore[union-attr]
-        return out
-
-    return run
-
-
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -161,10 +148,6 @@ def stain_problems(image: Tensor) -> Iterator[Problem]:
                 Backend("plain", plain_stain_augment),
                 Backend("torch.compile of plain", _compile(plain_stain_augment)),
             ]
-        if device.type == "cuda" and warp is not None and image.requires_grad:
-            backends.insert(
-                1, Backend("compiled (deterministic)", _deterministic(stain_augment), limit=backends[0].limit)
-            )
         size = _bytes(upstream)
         yield Problem(
             "stain_augment",
