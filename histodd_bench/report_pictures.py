@@ -11,7 +11,7 @@ from typing import Any
 from histodd_bench import svg
 from histodd_bench.methods import all_methods
 
-SHEET_BYTES = 6_000_000  # of contact sheets in one page; further ones are named, not shown
+SHEET_BYTES = 3_000_000  # of contact sheets in one page; further ones are named, not shown
 CARDS = "card.json"
 
 

@@ -255,6 +255,14 @@ struct Range {
   }
 };
 
+// Whether pixels [top, top + height) x [left, left + width) of the output may sample a tile, or next to it.
+__device__ __noinline__ bool touches(const Warp& w, int top, int left, int height, int width, const Tile& tile) {
+  const double x = w.x0 + w.xi * top + w.xj * left - tile.column, xi = w.xi * (height - 1), xj = w.xj * (width - 1);
+  const double y = w.y0 + w.yi * top + w.yj * left - tile.row, yi = w.yi * (height - 1), yj = w.yj * (width - 1);
+  return x + fmax(xi, 0.0) + fmax(xj, 0.0) > -2 && x + fmin(xi, 0.0) + fmin(xj, 0.0) < kTileSide + 1 &&
+         y + fmax(yi, 0.0) + fmax(yj, 0.0) > -2 && y + fmin(yi, 0.0) + fmin(yj, 0.0) < kTileSide + 1;
+}
+
 constexpr double kMargin = 1e-3;  // pixels; more than the rounding of a position
 constexpr int kGathered = 36864;  // bytes of shared memory
 
@@ -286,6 +294,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
   for (int top = rows.begin; top < rows.end; top += most) {
     for (int left = columns.begin; left < columns.end; left += across) {
       const int chunk_height = min(most, rows.end - top), chunk_width = min(across, columns.end - left);
+      // Without this a warp that has no inverse would have every pair of pixels looked at.
+      if (!inverse.usable && !touches(w, top, left, chunk_height, chunk_width, tile)) continue;
       __syncthreads();  // the chunk before has been read
       {
         const int down = Tile::down(0), right = Tile::right(0);
