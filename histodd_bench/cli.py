@@ -13,6 +13,7 @@ from histodd_bench.errors import HistoddError, UsageError, unknown_name
 from histodd_bench.files import cache_folder
 from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
+from histodd_bench.sharing_cli import run_export, run_import, run_leakage
 
 if TYPE_CHECKING:
     from histodd_bench.experiment import Request
@@ -341,6 +342,10 @@ def _profile(args: argparse.Namespace) -> int:
     return run_profile(args, _cores())
 
 
+def _leakage(args: argparse.Namespace) -> int:
+    return run_leakage(args, _cores())
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "show": _show,
@@ -349,6 +354,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "distill-slides": _distill_slides,
     "select": _make,
     "evaluate": _evaluate,
+    "export": run_export,
+    "import": run_import,
+    "leakage": _leakage,
     "report": _report,
     "compare": _compare,
     "profile": _profile,

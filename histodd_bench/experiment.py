@@ -270,6 +270,7 @@ class Experiment:
         card = {
             "dataset": self.request.dataset,
             "procedural": self.dataset.procedural,
+            "source": {"patches": len(train), "slides": len(train.groups.unique())},
             "method": name,
             "ipc": ipc,
             "seed": seed,

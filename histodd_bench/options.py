@@ -11,6 +11,7 @@ from histodd_bench import __version__
 from histodd_bench.data_options import add_data_options
 from histodd_bench.errors import UsageError
 from histodd_bench.option_types import count, counts, names, option, part, positive, seed, shapes
+from histodd_bench.sharing_cli import add_sharing_options
 
 DESCRIPTION = """\
 Distil a large set of H&E patches into a few, and measure it against coresets and the whole set.
@@ -238,6 +239,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("set", type=Path, help="folder of the set")
     _shared(sub, table=False, without=("methods", "ipc", "seeds", "distill_arch", "dry_run"))
     sub.add_argument("--format", default="rich", metavar="NAME", help="rich (default), markdown, latex, csv or json")
+
+    add_sharing_options(command)
 
     sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
                   "example:\n  report runs/table1\n  report runs/all --follow     while a run writes there\n")  # fmt: skip
