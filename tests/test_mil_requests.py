@@ -86,6 +86,11 @@ def test_share_of_the_gain(none, full, own, expected) -> None:
     assert share(none, full, own) == expected
 
 
+def test_a_gain_that_other_test_slides_might_not_show_has_no_share() -> None:
+    pairs = ([0.5, 0.5], [0.54, 0.54], [0.52, 0.52])
+    assert share(*pairs, 0.03) == "50" and share(*pairs, 0.05) == "undefined"
+
+
 def test_the_papers_numbers() -> None:
     table4, table5 = TABLES["table4"], TABLES["table5"]
     assert len(table4.paper_accuracy) == 4 * 4 * 3 and len(table5.paper_accuracy) == 2 * 4 * 2

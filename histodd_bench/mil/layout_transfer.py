@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from histodd_bench.bootstrap import difference
 from histodd_bench.files import digest
 from histodd_bench.grid import Cell, Grid, Row, network
 from histodd_bench.mil import MIL_MODELS
@@ -89,39 +90,55 @@ def _gains(
 ) -> list[Row]:  # fmt: skip
     """What each set recovers of the accuracy that the full data add; undefined where they add nothing that can be told."""
 
-    def accuracies(column: str, ipc: int | None, title: str, label: str) -> dict[int, float]:
+    def those(column: str, ipc: int | None, title: str, label: str) -> list[Record]:
+        def name(r: Record) -> str:
+            return titles.get(r["method"], "No transfer" if r["method"] == "none" else r["method"])
+
+        wanted = (column, ipc, title, label)
+        return [r for r in records if (headings[r["key"]], r["ipc"], name(r), labels[r["key"]]) == wanted]
+
+    def accuracies(of: Sequence[Record]) -> dict[int, float]:
         found: dict[int, list[float]] = {}
-        for r in records:
-            own = titles.get(r["method"], "No transfer" if r["method"] == "none" else r["method"])
-            if (headings[r["key"]], r["ipc"], own, labels[r["key"]]) == (column, ipc, title, label):
-                found.setdefault(r["eval_seed"], []).append(r["metrics"]["accuracy"])
+        for r in of:
+            found.setdefault(r["eval_seed"], []).append(r["metrics"]["accuracy"])
         return {seed: fmean(values) for seed, values in found.items()}
 
+    bounds = {c: (those(c, None, "No transfer", ""), those(c, None, "Full", "")) for c in columns}
+    errors = {c: _sampling_error(full, none) for c, (none, full) in bounds.items()}
     rows = []
     for ipc, title, label in sets:
         if ipc is None:
             continue
         cells: list[Cell] = []
         for column in columns:
-            none, full = accuracies(column, None, "No transfer", ""), accuracies(column, None, "Full", "")
-            own = accuracies(column, ipc, title, label)
+            none, full = (accuracies(bound) for bound in bounds[column])
+            own = accuracies(those(column, ipc, title, label))
             seeds = sorted(none.keys() & full.keys() & own.keys())
-            cells.append(share([none[s] for s in seeds], [full[s] for s in seeds], [own[s] for s in seeds]))
+            cells.append(
+                share([none[s] for s in seeds], [full[s] for s in seeds], [own[s] for s in seeds], errors[column])
+            )
         rows.append(Row(GAIN, str(ipc), "", cells, label=f"{title} ({label})" if label else title))
     return rows
 
 
-def share(none: Sequence[float], full: Sequence[float], own: Sequence[float]) -> str | None:
+def _sampling_error(full: Sequence[Record], none: Sequence[Record]) -> float:
+    """Standard error of the full data's gain over other test slides, from the width of its bootstrap interval."""
+    gain = difference(full, none) if full and none else None
+    return (gain.high - gain.low) / (2 * 1.96) if gain else 0.0
+
+
+def share(none: Sequence[float], full: Sequence[float], own: Sequence[float], sampling_error: float = 0.0) -> str | None:
     """The share of the full data's gain in percent, as text; accuracies are paired by seed.
 
-    None without numbers; ``undefined`` where the full data's gain is not above its standard error (or that error is unknown).
+    None without numbers; ``undefined`` where the full data's gain is not above its standard error over seeds (or that is
+    unknown), nor where it is not above ``sampling_error``.
     """
     if not none:
         return None
     gains = [f - n for f, n in zip(full, none, strict=True)]
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
     gain = fmean(gains)
-    if gain <= error:
+    if gain <= max(error, sampling_error):
         return "undefined"
     return f"{100 * fmean([o - n for o, n in zip(own, none, strict=True)]) / gain:.0f}"
 
@@ -141,7 +158,7 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     )
     notes.append(
         f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
-        "above its standard error: below zero, too."
+        "above its standard errors, over training seeds and over test slides drawn again: below zero, too."
     )
     for column in sorted(set(headings.values())):
         part = [r for r in records if headings[r["key"]] == column]
