@@ -71,7 +71,7 @@ class Experiment:
         budgeted = [m for m in request.methods if not method_entry(m).whole]
         train.require(max(request.ipc, default=1) if budgeted else 1)
         if len(self.dataset.test) == 0:
-            raise HistoddError(f"{request.dataset} has no test patches")
+            raise HistoddError(f"{request.dataset} has no test patches: add some to score on, or change the split")
         self._methods: dict[tuple[Any, ...], Any] = {}
         self._normalised: tuple[PatchSet, Preprocessing] | None = None
 

@@ -321,8 +321,9 @@ def test_data_sets_can_have_a_folder_each(all_tables: dict[str, Path]) -> None:
         made = cli.make_requests(options.make_parser(cli.COMMANDS).parse_args(line), TABLES["fig3"], Path("x"))
         return [str(r.data_root) for r in made]
 
-    assert roots("/a") == ["/a", "/a", "/a"]
-    assert roots("idc=/b", "/a") == ["/a", "/b", "/a"]
+    assert roots("/a") == ["/a", "/a", "None"], "the demo is drawn"
+    assert roots("idc=/b", "/a") == ["/a", "/b", "None"]
+    assert roots("demo=/c", "/a") == ["/a", "/a", "/c"], "a folder that 'data prepare demo' wrote"
     assert roots("/odd=name")[0] == "/odd=name"
     with pytest.raises(Exception, match="dataset 'imagefolder' reads your files: say where they are with --data-root"):
         roots("idc=/b")

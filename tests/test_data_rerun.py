@@ -181,13 +181,27 @@ def test_one_side_of_the_split_is_refused_before_anything_is_read(
     table = (mine / "slides.csv").read_text()
     for there, absent in (("train", "test"), ("test", "train")):
         (mine / "slides.csv").write_text(table.replace(f",{absent},", f",{there},"))
-        for more in ([], ["--dry-run"], ["--shard", "1/2"]):
-            code = cli.main(["data", "prepare", "slides", "--root", str(mine), "--out", str(tmp_path / "o"), *more])
-            line = capsys.readouterr().err.strip()
-            assert code == 1 and f"slides: none of 6 slides is in the {absent} set" in line and "\n" not in line
-        with pytest.raises(HistoddError, match=f"in the {absent} set"):
+        with pytest.raises(HistoddError, match=f"none of 6 slides is in the {absent} set"):
             load_dataset("slides", root=mine, image_size=32, cache=tmp_path / "c", progress=silent())
+    for more in ([], ["--dry-run"], ["--shard", "1/2"]):  # nothing to learn from
+        code = cli.main(["data", "prepare", "slides", "--root", str(mine), "--out", str(tmp_path / "o"), *more])
+        line = capsys.readouterr().err.strip()
+        assert code == 1 and "slides: none of 6 slides is in the train set" in line and "\n" not in line
     assert not (tmp_path / "o").exists()
+
+
+def test_without_test_slides_a_set_can_be_prepared_and_not_scored(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(root, mine)
+    table = (mine / "slides.csv").read_text()
+    (mine / "slides.csv").write_text(table.replace(",test,", ",train,"))
+    assert not prepared(mine, out).failed and len(store.load(out / "train")) and not len(store.load(out / "test"))
+    capsys.readouterr()
+    assert cli.main(["run", "table1", "--dataset", "slides", "--data-root", str(out), "--out", str(tmp_path / "r")]) == 1
+    assert "slides: there is no test patch: nothing could be scored; add some" in capsys.readouterr().err
 
 
 def test_test_slides_that_give_no_patch_are_an_error(root: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def annotated(tmp_path: Path) -> Path:
     """One slide of 4 x 3 patches; the outline covers the left column whole and 60 % of the next, less a cut-out patch."""
     slide(tmp_path / "a.tif")
     slide(tmp_path / "b.tif", seed=1)
+    slide(tmp_path / "z.tif", seed=8)  # to be scored on
     return tmp_path
 
 
@@ -64,7 +65,8 @@ def test_partly_covered_patches_follow_the_shares(annotated: Path, tmp_path: Pat
 
 def test_without_outside_only_outlines_count(annotated: Path, tmp_path: Path) -> None:
     asap(annotated / "a.xml", ("Tumor", corners(LEFT)))
-    table(annotated, "slide,label,annotation,split", "a.tif,tumour,a.xml,train", "b.tif,normal,,train")
+    table(annotated, "slide,label,annotation,split", "a.tif,tumour,a.xml,train", "b.tif,normal,,train",
+          "z.tif,normal,,test")  # fmt: skip
     got = by_place(annotated, tmp_path / "out")
     prepared = store.load(tmp_path / "out" / "train")
     assert prepared.class_counts() == [12, 6] and len(got) == 12
@@ -74,7 +76,8 @@ def test_classes_come_from_qupath_where_there_is_no_label(annotated: Path, tmp_p
     ring, lumen = corners((0, 0, 512, 512)), corners((0, 0, 256, 256))
     ignored, stroma = corners((768, 0, 1024, 256)), corners((512, 0, 1024, 768))
     qupath(annotated / "a.geojson", ("Tumour", [ring, lumen]), ("Stroma", [stroma]), ("Ignore*", [ignored]))
-    table(annotated, "slide,annotation,split", "a.tif,a.geojson,train")
+    qupath(annotated / "z.geojson", ("Stroma", [ring]))
+    table(annotated, "slide,annotation,split", "a.tif,a.geojson,train", "z.tif,z.geojson,test")
     got = by_place(annotated, tmp_path / "out")
     assert {p for p, n in got.items() if n == "Tumour"} == {(1, 0), (0, 1), (1, 1)}
     assert {p for p, n in got.items() if n == "Stroma"} == {(2, 0), (2, 1), (2, 2), (3, 1), (3, 2)}
@@ -82,7 +85,8 @@ def test_classes_come_from_qupath_where_there_is_no_label(annotated: Path, tmp_p
 
 def test_smaller_outlines_win_within_larger_ones(annotated: Path, tmp_path: Path) -> None:
     qupath(annotated / "a.geojson", ("Tumour", [corners((0, 0, 1024, 768))]), ("Stroma", [corners((0, 0, 256, 256))]))
-    table(annotated, "slide,annotation,split", "a.tif,a.geojson,train")
+    qupath(annotated / "z.geojson", ("Stroma", [corners((0, 0, 512, 512))]))
+    table(annotated, "slide,annotation,split", "a.tif,a.geojson,train", "z.tif,z.geojson,test")
     got = by_place(annotated, tmp_path / "out")
     assert got[0, 0] == "Stroma" and got[1, 1] == "Tumour"
     qupath(annotated / "a.geojson", ("Stroma", [corners((0, 0, 1024, 768))]), ("Tumour", [corners((0, 0, 256, 256))]))
@@ -97,7 +101,7 @@ def test_broken_annotations_leave_out_their_slide_only(annotated: Path, tmp_path
     asap(annotated / "a.xml", ("Tumor", corners(LEFT)))
     asap(annotated / "d.xml", ("Tumor", [(0, 0), (100, 100)]))
     table(annotated, "slide,label,annotation,outside,split", "a.tif,tumour,a.xml,normal,train", "b.tif,normal,,,train",
-          "c.tif,tumour,c.xml,normal,train", "d.tif,tumour,d.xml,normal,test")  # fmt: skip
+          "c.tif,tumour,c.xml,normal,train", "d.tif,tumour,d.xml,normal,test", "z.tif,normal,,,test")  # fmt: skip
     outcome = prepare(slides.source(annotated, 0), Tiling(256, 1.0), 16, tmp_path / "o", progress=Progress.silent())
     assert outcome.failed["c.tif"].startswith("no readable annotation XML")
     assert outcome.failed["d.tif"] == "annotation 'Annotation 0' is no area: it has 2 points, or not finite ones"
@@ -107,7 +111,8 @@ def test_broken_annotations_leave_out_their_slide_only(annotated: Path, tmp_path
 def test_tissue_decides_what_becomes_a_patch(tmp_path: Path) -> None:
     slide(tmp_path / "a.tif", tissue=(0, 0, 640, 768))  # 2.5 columns of 4
     slide(tmp_path / "b.tif", seed=1)
-    table(tmp_path, "slide,label,split", "a.tif,x,train", "b.tif,y,train")
+    slide(tmp_path / "z.tif", seed=8)
+    table(tmp_path, "slide,label,split", "a.tif,x,train", "b.tif,y,train", "z.tif,y,test")
     got = [by_place(tmp_path, tmp_path / f"o{t}", Tiling(256, 1.0, min_tissue=t)) for t in (0.4, 0.6)]
     counts = [store.load(tmp_path / f"o{t}" / "train").class_counts() for t in (0.4, 0.6)]
     assert counts == [[9, 12], [6, 12]] and all(len(g) == 12 for g in got)
@@ -120,7 +125,9 @@ def test_scales_come_from_the_table_for_files_without_one(shared_data: Path, tmp
         "slide,label,split,mpp",
         f"{wsi}/CMU-1-Small-Region.svs,a,train,",
         f"{wsi}/tcga-cr-7395-01a-01-ts1.svs,b,train,0.5",
+        "z.tif,a,test,",
     )
+    slide(tmp_path / "z.tif")
     outcome = prepare(slides.source(tmp_path, 0), Tiling(224, 1.0), 56, tmp_path / "o", progress=Progress.silent())
     assert not outcome.failed
     columns = store.load_columns(tmp_path / "o" / "train")

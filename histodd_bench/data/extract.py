@@ -66,13 +66,13 @@ def shard_folder(folder: Path, job: Job, tiling: Tiling, image_size: int, classe
     return folder / f"{safe_name(job.slide)}-{job.key(tiling, image_size, classes)[:16]}"
 
 
-def require_sides(source: Source) -> None:
-    """Refuse a source without training or without test slides, before hours of work are put into it.
+def require_sides(source: Source, *, scored: bool) -> None:
+    """Refuse a source without training slides, or without test slides if something is to be scored, before hours of work.
 
     Raises:
         HistoddError: naming the side.
     """
-    for split, what in (("train", "learn from"), ("test", "score on")):
+    for split, what in (("train", "learn from"), ("test", "score on"))[: 1 + scored]:
         if not any(job.split == split for job in source.jobs):
             raise HistoddError(
                 f"{source.name}: none of {len(source.jobs)} slides is in the {split} set: add slides to {what}, or change the split"
@@ -145,7 +145,7 @@ def estimate(
     source: Source, tiling: Tiling, *, workers: int = 1, progress: Any
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Patches per class that each slide would give, without reading them, and the slides that cannot be used."""
-    require_sides(source)
+    require_sides(source, scored=False)
     counts: dict[str, list[int]] = {}
     failed: dict[str, str] = {}
     items = [_Extraction(job, Path(), tiling, 1, source.classes) for job in source.jobs]
@@ -173,7 +173,7 @@ def merge(
         Notes for the reader of results, and per slide what is known of it, as JSON values.
 
     Raises:
-        HistoddError: no training patches of a class, or no test patches.
+        HistoddError: no training patches of a class, or no patches of the test slides.
     """
     about = {slide: store.about(path) for slide, path in outcome.shards.items()}
     jobs, copies = _without_copies(source.jobs, about)
@@ -186,7 +186,7 @@ def merge(
             for name, count in zip(source.classes, counts, strict=True):
                 if split == "train" and count == 0:
                     raise HistoddError(f"{source.name}: class {name!r} has no training patch{lost}")
-            if split == "test" and not any(counts):
+            if split == "test" and not any(counts) and any(job.split == "test" for job in source.jobs):
                 raise HistoddError(f"{source.name}: there is no test patch{lost}")
     write_template(folder, progress)
     notes = list(source.notes)
@@ -251,7 +251,7 @@ def _write_split(
 
 def load_source(source: Source, image_size: int, cache: Path, workers: int, progress: Any) -> Dataset:
     """Open the patches of a source, from the cache where they have been extracted before."""
-    require_sides(source)
+    require_sides(source, scored=True)
     keys = [
         [job.slide, job.patient, job.split, job.centre, job.key(source.tiling, image_size, source.classes)]
         for job in source.jobs

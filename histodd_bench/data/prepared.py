@@ -47,9 +47,9 @@ def prepare(
 
     Raises:
         UsageError: ``out`` holds something else.
-        HistoddError: it cannot be written, a class has no training patch, or there is no test patch.
+        HistoddError: it cannot be written, a class has no training patch, or test slides gave no patch.
     """
-    require_sides(source)
+    require_sides(source, scored=False)
     settings = {"tiling": asdict(tiling), "image_size": image_size, "classes": list(source.classes)}
     wanted = {j.slide: [j.key(tiling, image_size, source.classes), j.split, j.patient, j.centre] for j in source.jobs}
     have = _check_out(out, source.name, settings)

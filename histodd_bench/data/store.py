@@ -322,7 +322,7 @@ def cached_dataset(
                 partial.mkdir()
             notes = list(build(partial))
             if not len(load(partial / "test")):
-                raise HistoddError(f"{name}: there is no test patch: nothing could be scored")
+                raise HistoddError(f"{name}: there is no test patch: nothing could be scored; add some, or change the split")
             write_dataset(partial, notes)
             move_folder(partial, folder)
         except HistoddError:
