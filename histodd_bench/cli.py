@@ -342,10 +342,6 @@ def _profile(args: argparse.Namespace) -> int:
     return run_profile(args, _cores())
 
 
-def _leakage(args: argparse.Namespace) -> int:
-    return run_leakage(args, _cores())
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "show": _show,
@@ -356,7 +352,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "export": run_export,
     "import": run_import,
-    "leakage": _leakage,
+    "leakage": run_leakage,
     "report": _report,
     "compare": _compare,
     "profile": _profile,

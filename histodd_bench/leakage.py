@@ -106,17 +106,17 @@ def _measure(
     of = VIEWS[view]
     few = {name: _some(part, most, generator) for name, part in (("in", training), ("out", held_out))}
     own = _vectors(made.images, of, turned=True)
-    near, index = _nearest(own, training, of)
-    usual, _ = _nearest(_vectors(_some(held_out, most // 4, generator), of, turned=True), training, of)
+    queries = [own, _vectors(_some(held_out, max(most // 4, 1), generator), of, turned=True)]
+    if begun is not None:
+        queries.append(_vectors(begun, of)[:, None])
+    (near, index), (usual, _), *start = _nearest(queries, training, of)
     to_set = {name: _to_set(_vectors(part, of), own) for name, part in few.items()}
     first = beginnings = None
-    if begun is not None:
-        start = _vectors(begun, of)
-        apart, where = _nearest(start[:, None], training, of)
+    for apart, where in start:
         if apart.max() < _SAME:  # otherwise it began with noise, or with patches of others
             # Patches that are alike have one number: which of two equal ones was drawn does not matter.
             same = (index == where) | (_rows(training, index, of) == _rows(training, where, of)).all(1)
-            first, beginnings = float(same.double().mean()), _area(_to_set(start, own), to_set["out"])
+            first, beginnings = float(same.double().mean()), _area(_to_set(queries[2][:, 0], own), to_set["out"])
     limit = torch.quantile(to_set["out"].double(), _FALSE_ALARMS)
     return Leakage(
         view,
@@ -158,14 +158,16 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return apart.view(*a.shape[:2], len(b)).amin(1) / b.shape[1] ** 0.5
 
 
-def _nearest(a: Tensor, patches: PatchSet, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Distance ``[N]`` to the nearest patch and which it is, read in chunks."""
-    best, index = torch.full((len(a),), torch.inf), torch.zeros(len(a), dtype=torch.int64)
+def _nearest(queries: list[Tensor], patches: PatchSet, of: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For each ``[N,T,D]``: distance ``[N]`` to the nearest patch and which it is. The patches are read once, in chunks."""
+    found = [(torch.full((len(a),), torch.inf), torch.zeros(len(a), dtype=torch.int64)) for a in queries]
     for start in range(0, len(patches), _CHUNK):
-        distance, place = _distances(a, _vectors(patches.images[start : start + _CHUNK], of)).min(1)
-        nearer = distance < best
-        best[nearer], index[nearer] = distance[nearer], place[nearer] + start
-    return best, index
+        chunk = _vectors(patches.images[start : start + _CHUNK], of)
+        for a, (best, index) in zip(queries, found, strict=True):
+            distance, place = _distances(a, chunk).min(1)
+            nearer = distance < best
+            best[nearer], index[nearer] = distance[nearer], place[nearer] + start
+    return found
 
 
 def _to_set(vectors: Tensor, own: Tensor) -> Tensor:

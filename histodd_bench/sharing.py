@@ -13,7 +13,6 @@ from histodd_bench.errors import HistoddError
 INDEX = "slides.json"  # of a folder that 'distill-slides' wrote
 # What a shared card keeps of a saved one. Measured times and the configuration go along, names of slides do not.
 KEPT = ("dataset", "procedural", "method", "ipc", "seed", "key", "config", "stain", "preprocessing", "seconds", "source")
-_REAL = ("random", "herding", "forgetting")  # methods whose patches are cut from slides
 
 
 def export_set(folder: Path, out: Path) -> sets.SavedSet:
@@ -37,7 +36,11 @@ def export_set(folder: Path, out: Path) -> sets.SavedSet:
     names = tuple(f"slide-{i + 1}" for i in range(len(order)))
     anonymous = PatchSet(patches.images, patches.labels, groups, names, patches.classes)
     kept = {name: card[name] for name in KEPT if name in card}
-    return sets.save(anonymous, out, {**kept, "shared": {"real_patches": card.get("method") in _REAL}})
+    return sets.save(anonymous, out, {**kept, "shared": {"real_patches": _real(patches)}})
+
+
+def _real(patches: PatchSet) -> bool:
+    return patches.images.dtype == torch.uint8
 
 
 def _one(folder: Path) -> tuple[PatchSet, dict[str, Any]]:
@@ -119,7 +122,7 @@ def describe(saved: sets.SavedSet) -> list[str]:
     ]
     if card.get("procedural"):
         lines.append("procedural: computer-drawn, no real tissue")
-    elif card.get("shared", {}).get("real_patches", card.get("method") in _REAL):
+    elif _real(patches):
         lines.append("these are real patches of the slides")
     else:
         lines.append("'leakage' measures how close the patches are to those they were made from")

@@ -32,7 +32,7 @@ def add_sharing_options(command: Any) -> None:
     sub.add_argument("--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
     sub.add_argument("--split-seed", type=seed, default=0, metavar="N", help="seed of the split by slide (0)")
     sub.add_argument("--most", type=count, default=2000, metavar="N", help="patches membership is inferred of (2000)")
-    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: one per core)")
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's)")
     sub.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -62,7 +62,7 @@ def _say(folder: Path, lines: list[str]) -> None:
         print(f"  {line}")
 
 
-def run_leakage(args: argparse.Namespace, cores: int) -> int:
+def run_leakage(args: argparse.Namespace) -> int:
     """Measure a set beside its training data; prints a table."""
     import torch
 
@@ -74,11 +74,12 @@ def run_leakage(args: argparse.Namespace, cores: int) -> int:
     if not args.set.is_dir():
         raise UsageError(f"{args.set} is not a folder: give a saved set")
     saved = sets.load(args.set)
-    torch.set_num_threads(args.threads or cores)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     with Progress() as progress:
         data = load_dataset(
             args.dataset, root=args.data_root, image_size=saved.patches.image_size[0], seed=args.split_seed,
-            cache=cache_folder(), workers=cores, progress=progress,
+            cache=cache_folder(), workers=torch.get_num_threads(), progress=progress,
         )  # fmt: skip
     if saved.card.get("config", {}).get("data", {}).get("train") not in (None, data.train.fingerprint()):
         raise UsageError(

@@ -2,6 +2,8 @@
 
 import subprocess
 
+import pytest
+
 from histodd_bench import environment
 
 
@@ -17,6 +19,6 @@ def test_commit_inside_the_repository_is_its_own(monkeypatch) -> None:
     monkeypatch.setenv("HISTODD_COMMIT", "0123abc")
     found = environment.commit()
     if found == "0123abc":  # installed, or a copy without .git
-        return
+        pytest.skip("installed, or a copy without its repository")
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert found is not None and found.rstrip("+") == head

@@ -63,6 +63,10 @@ def test_equal_training_patches_do_not_hide_a_beginning() -> None:
     assert measure(twice.subset([80, 81, 82]), twice, HELD_OUT)[0].begun == 1.0
 
 
+def test_one_patch_of_each_side_is_enough() -> None:
+    assert measure(TRAINING.subset([1]), TRAINING, HELD_OUT, most=1)[0].begun == 1.0
+
+
 def test_sets_and_data_that_do_not_fit_are_refused() -> None:
     with pytest.raises(HistoddError, match="16 px patches, the data 8 px"):
         measure(TRAINING, noise(4, 0, 8), HELD_OUT)
