@@ -55,6 +55,24 @@ def read_rgb():
 
 
 @pytest.fixture(scope="session")
+def slide_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six small slides with their table. Read only."""
+    from slide_makers import project
+
+    return project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def prepared_project(slide_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What 'data prepare' makes of it at 64 px. Read only."""
+    from prepared_slides import prepared
+
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    prepared(slide_project, out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def all_tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every table of the program, run at its smallest on one data set into one folder. Read only."""
     from tiny_project import OPTIONS, write_imagefolder

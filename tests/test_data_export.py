@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from prepared_slides import fingerprints, prepared, silent
-from slide_makers import project
 from tiny_project import OPTIONS, program
 
 from histodd_bench import cli
@@ -20,39 +19,27 @@ from histodd_bench.data.wsi import Slide
 from histodd_bench.errors import HistoddError
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    prepared(root, out)
-    return out
-
-
-def test_exported_images_make_the_same_patch_sets(whole: Path, tmp_path: Path) -> None:
-    assert cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 0
+def test_exported_images_make_the_same_patch_sets(prepared_project: Path, tmp_path: Path) -> None:
+    assert cli.main(["data", "export", str(prepared_project), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 0
     data = load_dataset("imagefolder", root=tmp_path / "png", image_size=64, cache=tmp_path / "c", progress=silent())
-    assert [data.train.fingerprint(), data.test.fingerprint()] == fingerprints(whole)
+    assert [data.train.fingerprint(), data.test.fingerprint()] == fingerprints(prepared_project)
     with open(tmp_path / "png" / "groups.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 72 and {row["centre"] for row in rows} == {"A", "B"}
     first = Image.open(tmp_path / "png" / rows[0]["path"])
-    assert np.array_equal(np.asarray(first).transpose(2, 0, 1), store.load(whole / "train").images[0])
-    assert cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 2, (
+    assert np.array_equal(np.asarray(first).transpose(2, 0, 1), store.load(prepared_project / "train").images[0])
+    assert cli.main(["data", "export", str(prepared_project), "--to", "imagefolder", "--out", str(tmp_path / "png")]) == 2, (
         "exists"
     )
 
 
 def test_training_from_slides_gives_the_same_table_as_from_their_patches(
-    root: Path, whole: Path, tmp_path: Path
+    slide_project: Path, prepared_project: Path, tmp_path: Path
 ) -> None:
-    cli.main(["data", "export", str(whole), "--to", "imagefolder", "--out", str(tmp_path / "png")])
+    cli.main(["data", "export", str(prepared_project), "--to", "imagefolder", "--out", str(tmp_path / "png")])
     scores = []
     options = [o if o != "16" else "64" for o in OPTIONS]
-    for name, data in (("slides", root), ("slides", whole), ("imagefolder", tmp_path / "png")):
+    for name, data in (("slides", slide_project), ("slides", prepared_project), ("imagefolder", tmp_path / "png")):
         out = tmp_path / f"run{len(scores)}"
         done = program("run", "table1", "--dataset", name, "--data-root", str(data), "--out", str(out), "--ipc", "2", "--seeds",
                        "1", "--eval-seeds", "1", "--methods", "random,histodd,full", *options, cache=tmp_path / "cache")  # fmt: skip
@@ -66,9 +53,9 @@ def test_training_from_slides_gives_the_same_table_as_from_their_patches(
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_coordinates_go_out_to_clam_and_come_back(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_coordinates_go_out_to_clam_and_come_back(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
-    assert cli.main(["data", "export", str(whole), "--to", "clam", "--out", str(tmp_path / "h5")]) == 0
+    assert cli.main(["data", "export", str(prepared_project), "--to", "clam", "--out", str(tmp_path / "h5")]) == 0
     with h5py.File(tmp_path / "h5" / "s0.h5") as file:
         coords = file["coords"]
         assert coords.shape == (12, 2) and coords.dtype == np.int64
@@ -76,22 +63,22 @@ def test_coordinates_go_out_to_clam_and_come_back(root: Path, whole: Path, tmp_p
         assert coords.attrs["name"] == "s0.tif" and tuple(coords.attrs["level_dim"]) == (1024, 768)
         assert tuple(coords.attrs["downsample"]) == (1.0, 1.0)
         # As CLAM crops: read_region(corner, patch_level, (patch_size, patch_size)).
-        with Slide(root / "s0.tif") as opened:
+        with Slide(slide_project / "s0.tif") as opened:
             seen = opened._handle.read_region(tuple(map(int, coords[5])), 0, (256, 256)).convert("RGB")
-        columns = store.load_columns(whole / "train")
+        columns = store.load_columns(prepared_project / "train")
         rows = np.flatnonzero(
             (columns["slides"] == 0) & (columns["x"] == coords[5][0]) & (columns["y"] == coords[5][1])
         )
-    patch = store.load(whole / "train").images[rows[0]].permute(1, 2, 0).numpy().astype(float)
+    patch = store.load(prepared_project / "train").images[rows[0]].permute(1, 2, 0).numpy().astype(float)
     assert np.abs(np.asarray(seen).reshape(64, 4, 64, 4, 3).mean((1, 3)) - patch).mean() < 1
     back = Tiling(size=256, mpp=1.0, coordinates=str(tmp_path / "h5"))
-    outcome = prepared(root, tmp_path / "again", tiling=back)
-    assert not outcome.failed and fingerprints(tmp_path / "again") == fingerprints(whole)
+    outcome = prepared(slide_project, tmp_path / "again", tiling=back)
+    assert not outcome.failed and fingerprints(tmp_path / "again") == fingerprints(prepared_project)
 
 
-def test_foreign_coordinates_are_refused_with_the_reason(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_foreign_coordinates_are_refused_with_the_reason(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
-    cli.main(["data", "export", str(whole), "--to", "clam", "--out", str(tmp_path / "h5")])
+    cli.main(["data", "export", str(prepared_project), "--to", "clam", "--out", str(tmp_path / "h5")])
     (tmp_path / "h5" / "s0.h5").unlink()
     (tmp_path / "h5" / "s1.h5").write_bytes(b"no HDF5")
     with h5py.File(tmp_path / "h5" / "s2.h5", "r+") as file:
@@ -100,8 +87,8 @@ def test_foreign_coordinates_are_refused_with_the_reason(root: Path, whole: Path
         file["coords"].attrs["patch_size"] = 512
     tiling = Tiling(size=256, mpp=1.0, coordinates=str(tmp_path / "h5"))
     with pytest.raises(HistoddError, match="class 'benign' has no training patch; 4 slides could not be used"):
-        prepared(root, tmp_path / "o", tiling=tiling)
-    source = slides.source(root, 0)
+        prepared(slide_project, tmp_path / "o", tiling=tiling)
+    source = slides.source(slide_project, 0)
     outcome = extract(source, tiling, 64, tmp_path / "shards", progress=silent())
     assert outcome.failed["s0.tif"] == "no coordinates for this slide"
     assert outcome.failed["s1.tif"].startswith("no CLAM coordinates")
@@ -109,9 +96,9 @@ def test_foreign_coordinates_are_refused_with_the_reason(root: Path, whole: Path
     assert "512 level-0 pixels wide (512 microns), 256" in outcome.failed["s3.tif"]
 
 
-def test_damaged_descriptions_are_one_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_descriptions_are_one_line(prepared_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "copy"
-    shutil.copytree(whole, out)
+    shutil.copytree(prepared_project, out)
     for text in ("{", "[]", '{"index": 3, "slide": "s0.tif"}'):
         (out / "template.json").write_text(text)
         assert cli.main(["data", "info", "slides", "--root", str(out)]) == 0

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from prepared_slides import SMALL, fingerprints, prepared, silent
-from slide_makers import project
 
 from histodd_bench import cli
 from histodd_bench.data import load_dataset, slides, store
@@ -19,28 +18,16 @@ from histodd_bench.errors import UsageError
 from histodd_bench.stain import describe
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    prepared(root, out)
-    return out
-
-
-def test_every_patch_is_the_slide_at_its_place(root: Path, whole: Path) -> None:
+def test_every_patch_is_the_slide_at_its_place(slide_project: Path, prepared_project: Path) -> None:
     for split, count in (("train", 4 * 12), ("test", 2 * 12)):
-        patches, columns = store.load(whole / split), store.load_columns(whole / split)
-        names = store.slide_names(whole / split)
+        patches, columns = store.load(prepared_project / split), store.load_columns(prepared_project / split)
+        names = store.slide_names(prepared_project / split)
         assert len(patches) == count and patches.classes == ("benign", "malignant")
         assert set(columns) == {"labels", "groups", "centres", "slides", "x", "y", "level", "mpp"}
         assert set(columns["mpp"]) == {4.0} and set(columns["level"]) == {0}
         for i in range(0, count, 7):
             name = names[columns["slides"][i]]
-            with Slide(root / name) as opened:
+            with Slide(slide_project / name) as opened:
                 seen = opened.read(int(columns["x"][i]), int(columns["y"][i]), 64, 64, 4.0)
             assert np.abs(patches.images[i].permute(1, 2, 0).numpy().astype(int) - seen).mean() < 2
             index = int(name[1])
@@ -49,29 +36,29 @@ def test_every_patch_is_the_slide_at_its_place(root: Path, whole: Path) -> None:
             assert patches.centre_names[patches.centres[i]] == "AB"[index // 2 % 2]
 
 
-def test_patches_are_ordered_by_class_slide_and_place(whole: Path) -> None:
-    columns, names = store.load_columns(whole / "train"), store.slide_names(whole / "train")
+def test_patches_are_ordered_by_class_slide_and_place(prepared_project: Path) -> None:
+    columns, names = store.load_columns(prepared_project / "train"), store.slide_names(prepared_project / "train")
     rows = list(zip(columns["labels"], [names[i] for i in columns["slides"]], columns["y"], columns["x"], strict=True))
     assert rows == sorted(rows)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_do_not_change_a_byte(root: Path, whole: Path, tmp_path: Path, workers: int) -> None:
-    outcome = prepared(root, tmp_path / "out", workers=workers)
+def test_workers_do_not_change_a_byte(slide_project: Path, prepared_project: Path, tmp_path: Path, workers: int) -> None:
+    outcome = prepared(slide_project, tmp_path / "out", workers=workers)
     assert outcome.patches == 72 and outcome.new == 6 and not outcome.failed
-    assert fingerprints(tmp_path / "out") == fingerprints(whole)
+    assert fingerprints(tmp_path / "out") == fingerprints(prepared_project)
 
 
-def test_somebody_elses_dataset_json_is_not_ours(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root, tmp_path / "p")
+def test_somebody_elses_dataset_json_is_not_ours(slide_project: Path, tmp_path: Path) -> None:
+    shutil.copytree(slide_project, tmp_path / "p")
     (tmp_path / "p" / "dataset.json").write_text('{"name": "my slides"}')
     data = load_dataset("slides", root=tmp_path / "p", image_size=16, cache=tmp_path / "c", progress=silent())
     assert len(data.train) == 48
 
 
-def test_the_template_is_stored_with_the_dataset(whole: Path, tmp_path: Path) -> None:
-    train = store.load(whole / "train")
-    kept = json.loads((whole / "template.json").read_text())
+def test_the_template_is_stored_with_the_dataset(prepared_project: Path, tmp_path: Path) -> None:
+    train = store.load(prepared_project / "train")
+    kept = json.loads((prepared_project / "template.json").read_text())
     expected = describe(train)
     assert kept["index"] == expected.template_index and kept["train"] == train.fingerprint()
     x = train.images.double() / 255
@@ -80,14 +67,14 @@ def test_the_template_is_stored_with_the_dataset(whole: Path, tmp_path: Path) ->
     sets = torch.cat([x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).std(1, correction=0)])
     order = (ours - sets).square().sum(1).argsort()
     assert kept["index"] in order[:8].tolist()
-    names, columns = store.slide_names(whole / "train"), store.load_columns(whole / "train")
+    names, columns = store.slide_names(prepared_project / "train"), store.load_columns(prepared_project / "train")
     assert kept["slide"] == names[columns["slides"][kept["index"]]] and kept["x"] == columns["x"][kept["index"]]
-    data = load_dataset("slides", root=whole, image_size=64, cache=tmp_path, progress=silent())
+    data = load_dataset("slides", root=prepared_project, image_size=64, cache=tmp_path, progress=silent())
     assert data.preprocessing == expected, "what is stored is what would be found, bit for bit"
 
 
-def test_a_template_of_other_patches_is_not_used(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "copy")
+def test_a_template_of_other_patches_is_not_used(prepared_project: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_project, tmp_path / "copy")
     kept = json.loads((tmp_path / "copy" / "template.json").read_text())
     (tmp_path / "copy" / "template.json").write_text(json.dumps({**kept, "train": "0" * 64}))
     assert (
@@ -101,36 +88,36 @@ def test_a_template_of_other_patches_is_not_used(whole: Path, tmp_path: Path) ->
     )
 
 
-def test_a_prepared_set_opens_at_any_size_and_under_its_own_name_only(whole: Path, tmp_path: Path) -> None:
-    data = load_dataset("slides", root=whole, image_size=64, cache=tmp_path, progress=silent())
-    assert [data.train.fingerprint(), data.test.fingerprint()] == fingerprints(whole) and not list(tmp_path.iterdir())
-    small = load_dataset("slides", root=whole, image_size=32, cache=tmp_path, workers=2, progress=silent())
+def test_a_prepared_set_opens_at_any_size_and_under_its_own_name_only(prepared_project: Path, tmp_path: Path) -> None:
+    data = load_dataset("slides", root=prepared_project, image_size=64, cache=tmp_path, progress=silent())
+    assert [data.train.fingerprint(), data.test.fingerprint()] == fingerprints(prepared_project) and not list(tmp_path.iterdir())
+    small = load_dataset("slides", root=prepared_project, image_size=32, cache=tmp_path, workers=2, progress=silent())
     box = data.train.images.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
     assert (small.train.images.float() - box).abs().max() <= 0.51
     assert torch.equal(small.train.groups, data.train.groups) and small.train.centre_names == ("A", "B")
-    larger = load_dataset("slides", root=whole, image_size=96, cache=tmp_path, progress=silent())
+    larger = load_dataset("slides", root=prepared_project, image_size=96, cache=tmp_path, progress=silent())
     assert "patches are enlarged from 64 to 96 px" in larger.notes
     with pytest.raises(UsageError, match="prepared from 'slides': use --dataset slides"):
-        load_dataset("camelyon16", root=whole, image_size=64, cache=tmp_path, progress=silent())
+        load_dataset("camelyon16", root=prepared_project, image_size=64, cache=tmp_path, progress=silent())
 
 
 def test_dry_run_counts_what_extraction_gives(
-    root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slide_project: Path, prepared_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts, failed = estimate(slides.source(root, 0), SMALL, progress=silent())
+    counts, failed = estimate(slides.source(slide_project, 0), SMALL, progress=silent())
     assert not failed and {name: sum(values) for name, values in counts.items()} == {f"s{i}.tif": 12 for i in range(6)}
     out = tmp_path / "none"
-    assert cli.main(["data", "prepare", "slides", "--root", str(root), "--out", str(out), "--image-size", "64",
+    assert cli.main(["data", "prepare", "slides", "--root", str(slide_project), "--out", str(out), "--image-size", "64",
                      "--workers", "1", "--dry-run"]) == 0  # fmt: skip
     text = capsys.readouterr().out
     assert "train: 4 slides, 48 patches (benign 24, malignant 24)" in text and "72 patches of 64 px: 889 kB" in text
     assert not out.exists()
-    actual = sum(p.stat().st_size for split in ("train", "test") for p in (whole / split).iterdir())
+    actual = sum(p.stat().st_size for split in ("train", "test") for p in (prepared_project / split).iterdir())
     assert actual == pytest.approx(889_000, rel=0.03)
 
 
-def test_the_command_reports_and_info_describes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["data", "prepare", "slides", "--root", str(root), "--out", str(tmp_path / "o"), "--workers", "1"]
+def test_the_command_reports_and_info_describes(slide_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "prepare", "slides", "--root", str(slide_project), "--out", str(tmp_path / "o"), "--workers", "1"]
     assert cli.main([*arguments, "--magnification", "10", "--size", "128", "--stride", "256", "--shard", "2/2"]) == 0
     assert "part 2/2 is done" in capsys.readouterr().out
     assert cli.main([*arguments, "--magnification", "10", "--size", "128", "--stride", "256"]) == 0
@@ -141,7 +128,7 @@ def test_the_command_reports_and_info_describes(root: Path, tmp_path: Path, caps
     assert cli.main(["data", "info", "slides", "--root", str(tmp_path / "o")]) == 0
     text = capsys.readouterr().out
     assert "patches of malignant" in text and "stain template: training patch" in text
-    assert cli.main(["data", "info", "slides", "--root", str(root)]) == 0
+    assert cli.main(["data", "info", "slides", "--root", str(slide_project)]) == 0
     rows = dict(
         line.strip().rsplit(None, 2)[:2]
         for line in capsys.readouterr().out.splitlines()
@@ -176,9 +163,9 @@ def test_the_command_reports_and_info_describes(root: Path, tmp_path: Path, caps
     ],
 )
 def test_wrong_options_are_one_line(
-    root: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    slide_project: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["data", "prepare", "slides", "--root", str(root), "--out", str(tmp_path / "o"), *options]) == 2
+    assert cli.main(["data", "prepare", "slides", "--root", str(slide_project), "--out", str(tmp_path / "o"), *options]) == 2
     line = capsys.readouterr().err.strip()
     assert message in line and "\n" not in line and not (tmp_path / "o").exists()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from prepared_slides import fingerprints, prepared, silent
-from slide_makers import project
 from tiny_project import environment
 
 from histodd_bench import cli
@@ -21,54 +20,42 @@ from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import move_folder
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "out"
-    prepared(root, out)
-    return out
-
-
-def test_shards_are_collected(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_shards_are_collected(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:
     for i in (1, 2, 3):
-        outcome = prepared(root, tmp_path / "out", share=(i, 3))
+        outcome = prepared(slide_project, tmp_path / "out", share=(i, 3))
         assert outcome.new == 2
         assert not (tmp_path / "out" / "dataset.json").exists()
-    outcome = prepared(root, tmp_path / "out")
-    assert outcome.new == 0 and fingerprints(tmp_path / "out") == fingerprints(whole)
+    outcome = prepared(slide_project, tmp_path / "out")
+    assert outcome.new == 0 and fingerprints(tmp_path / "out") == fingerprints(prepared_project)
     assert not (tmp_path / "out" / "slides").exists()
 
 
-def test_a_second_time_nothing_is_done(root: Path, whole: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    assert prepared(root, whole).new == 0
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+def test_a_second_time_nothing_is_done(slide_project: Path, prepared_project: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in prepared_project.rglob("*")}
+    assert prepared(slide_project, prepared_project).new == 0
+    assert {p: p.stat().st_mtime_ns for p in prepared_project.rglob("*")} == before
 
 
-def test_other_settings_need_another_folder(root: Path, whole: Path) -> None:
+def test_other_settings_need_another_folder(slide_project: Path, prepared_project: Path) -> None:
     with pytest.raises(UsageError, match="prepared with other settings: choose another --out"):
-        prepared(root, whole, size=32)
+        prepared(slide_project, prepared_project, size=32)
     with pytest.raises(UsageError, match="prepared with other settings"):
-        prepared(root, whole, tiling=Tiling(size=256, mpp=1.0, min_tissue=0.9))
+        prepared(slide_project, prepared_project, tiling=Tiling(size=256, mpp=1.0, min_tissue=0.9))
 
 
-def test_foreign_folders_are_left_alone(root: Path, tmp_path: Path) -> None:
+def test_foreign_folders_are_left_alone(slide_project: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "train" / "class").mkdir(parents=True)
     (tmp_path / "out" / "train" / "class" / "precious.png").write_bytes(b"x")
     with pytest.raises(UsageError, match="not something that 'data prepare' wrote"):
-        prepared(root, tmp_path / "out")
+        prepared(slide_project, tmp_path / "out")
     assert (tmp_path / "out" / "train" / "class" / "precious.png").exists()
-    for out in (root, root.parent):
-        assert cli.main(["data", "prepare", "slides", "--root", str(root), "--out", str(out)]) == 2
+    for out in (slide_project, slide_project.parent):
+        assert cli.main(["data", "prepare", "slides", "--root", str(slide_project), "--out", str(out)]) == 2
 
 
-def test_a_changed_slide_is_read_again_and_no_other(root: Path, tmp_path: Path) -> None:
+def test_a_changed_slide_is_read_again_and_no_other(slide_project: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(root, mine)
+    shutil.copytree(slide_project, mine)
     prepared(mine, tmp_path / "out")
     before = fingerprints(tmp_path / "out")
     (mine / "s1.tif").write_bytes(b"II*\0 not a slide any more")
@@ -77,15 +64,15 @@ def test_a_changed_slide_is_read_again_and_no_other(root: Path, tmp_path: Path) 
     notes = store.read_dataset(tmp_path / "out")["notes"]
     assert notes == ["1 of 6 slides could not be used: s1.tif (not a slide that OpenSlide reads)"]
     assert len(store.load(tmp_path / "out" / "train")) == 36
-    shutil.copy2(root / "s1.tif", mine / "s1.tif")
+    shutil.copy2(slide_project / "s1.tif", mine / "s1.tif")
     outcome = prepared(mine, tmp_path / "out")
     assert outcome.new == 1, "the others were kept, since one had failed"
     assert fingerprints(tmp_path / "out") == before
 
 
-def test_a_killed_extraction_goes_on(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_extraction_goes_on(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:
     big = tmp_path / "big"
-    shutil.copytree(root, big)
+    shutil.copytree(slide_project, big)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(big), "--out", str(out),
                "--image-size", "64", "--workers", "1"]  # fmt: skip
@@ -101,12 +88,12 @@ def test_a_killed_extraction_goes_on(root: Path, whole: Path, tmp_path: Path) ->
     assert finished >= 1 and not (out / "dataset.json").exists(), "killed in the middle"
     outcome = prepared(big, out)
     assert outcome.new == 6 - finished
-    assert fingerprints(out) == fingerprints(whole)
+    assert fingerprints(out) == fingerprints(prepared_project)
     assert not list(out.rglob("*.partial")) and not list(out.rglob("*.lock"))[1:]
 
 
-def test_ctrl_c_ends_all_workers(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(root), "--out",
+def test_ctrl_c_ends_all_workers(slide_project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(slide_project), "--out",
                str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
     process = subprocess.Popen(command, env=environment(tmp_path / "cache"), stderr=subprocess.PIPE, text=True)
     time.sleep(1.0)
@@ -118,10 +105,10 @@ def test_ctrl_c_ends_all_workers(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slides_left", [True, False])
 def test_a_slide_that_fails_again_leaves_the_set_as_it_is_and_is_told_again(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], slides_left: bool
+    slide_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], slides_left: bool
 ) -> None:
     mine, out = tmp_path / "mine", tmp_path / "out"
-    shutil.copytree(root, mine)
+    shutil.copytree(slide_project, mine)
     (mine / "s5.tif").write_bytes(b"II*\0 no slide")
     command = ["data", "prepare", "slides", "--root", str(mine), "--out", str(out), "--image-size", "64"]
     assert cli.main([*command, "--workers", "1"]) == 0
@@ -138,29 +125,29 @@ def test_a_slide_that_fails_again_leaves_the_set_as_it_is_and_is_told_again(
     assert "already prepared; 1 slides still cannot be used" in text.err
 
 
-def test_slides_of_other_settings_or_another_data_set_are_not_mixed_and_not_lost(root: Path, tmp_path: Path) -> None:
+def test_slides_of_other_settings_or_another_data_set_are_not_mixed_and_not_lost(slide_project: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepared(root, out, share=(1, 2))
+    prepared(slide_project, out, share=(1, 2))
     there = sorted(out.rglob("meta.json"))
     assert len(there) == 3
     for other in ({"tiling": Tiling(size=128, mpp=1.0)}, {"size": 32}):
         for share in ((2, 2), (1, 1)):
             with pytest.raises(UsageError, match="extracted for another data set or with other settings"):
-                prepared(root, out, share=share, **other)
-    source = dataclasses.replace(slides.source(root, 0), name="tcga-idh")
+                prepared(slide_project, out, share=share, **other)
+    source = dataclasses.replace(slides.source(slide_project, 0), name="tcga-idh")
     with pytest.raises(UsageError, match="extracted for another data set"):
         prepare(source, Tiling(size=256, mpp=1.0), 64, out, progress=silent())
     assert sorted(out.rglob("meta.json")) == there
-    assert prepared(root, out).new == 3
+    assert prepared(slide_project, out).new == 3
 
 
 def test_a_store_is_whole_at_any_moment_while_it_is_replaced(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What deletes files is stopped half-way, as a power failure would: the new store is there, and a rerun is not refused."""
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    shutil.copytree(whole / "test", tmp_path / "new")
+    shutil.copytree(prepared_project, out)
+    shutil.copytree(prepared_project / "test", tmp_path / "new")
 
     def stopped(path: Path, **options: object) -> None:
         if Path(path).exists():
@@ -170,14 +157,14 @@ def test_a_store_is_whole_at_any_moment_while_it_is_replaced(
     monkeypatch.setattr(shutil, "rmtree", stopped)
     with pytest.raises(KeyboardInterrupt):
         move_folder(tmp_path / "new", out / "train")
-    assert store.load(out / "train").fingerprint() == fingerprints(whole)[1]
+    assert store.load(out / "train").fingerprint() == fingerprints(prepared_project)[1]
 
 
 def test_one_side_of_the_split_is_refused_before_anything_is_read(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slide_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(root, mine)
+    shutil.copytree(slide_project, mine)
     table = (mine / "slides.csv").read_text()
     for there, absent in (("train", "test"), ("test", "train")):
         (mine / "slides.csv").write_text(table.replace(f",{absent},", f",{there},"))
@@ -191,11 +178,11 @@ def test_one_side_of_the_split_is_refused_before_anything_is_read(
 
 
 def test_without_test_slides_a_set_can_be_prepared_and_not_scored(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    slide_project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
     mine, out = tmp_path / "mine", tmp_path / "out"
-    shutil.copytree(root, mine)
+    shutil.copytree(slide_project, mine)
     table = (mine / "slides.csv").read_text()
     (mine / "slides.csv").write_text(table.replace(",test,", ",train,"))
     assert not prepared(mine, out).failed and len(store.load(out / "train")) and not len(store.load(out / "test"))
@@ -204,13 +191,13 @@ def test_without_test_slides_a_set_can_be_prepared_and_not_scored(
     assert "slides: there is no test patch: nothing could be scored; add some" in capsys.readouterr().err
 
 
-def test_test_slides_that_give_no_patch_are_an_error(root: Path, tmp_path: Path) -> None:
+def test_test_slides_that_give_no_patch_are_an_error(slide_project: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(root, mine)
+    shutil.copytree(slide_project, mine)
     for name in ("s4.tif", "s5.tif"):
         (mine / name).write_bytes(b"II*\0 no slide")
     with pytest.raises(HistoddError, match=r"slides: there is no test patch; 2 slides could not be used: s4.tif"):
         prepared(mine, tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
-    shutil.copy(root / "s4.tif", mine / "s4.tif")
+    shutil.copy(slide_project / "s4.tif", mine / "s4.tif")
     assert prepared(mine, tmp_path / "out").new == 2
