@@ -16,13 +16,13 @@ constexpr double kCosineEps = 1e-6;
 
 struct L1 {
   template <typename T>
-  HISTODD_HD static T value(T r, T s) {
+  HISTODD_INLINE static T value(T r, T s) {
     const T d = r - s;
     return d < T(0) ? -d : d;
   }
   // With respect to r; with respect to s it is the negative. 0 at 0, NaN stays NaN.
   template <typename T>
-  HISTODD_HD static T vjp(T r, T s, T g) {
+  HISTODD_INLINE static T vjp(T r, T s, T g) {
     const T d = r - s;
     return g * (d > T(0) ? T(1) : (d < T(0) ? T(-1) : d));
   }
@@ -30,12 +30,12 @@ struct L1 {
 
 struct L2 {
   template <typename T>
-  HISTODD_HD static T value(T r, T s) {
+  HISTODD_INLINE static T value(T r, T s) {
     const T d = r - s;
     return d * d;
   }
   template <typename T>
-  HISTODD_HD static T vjp(T r, T s, T g) {
+  HISTODD_INLINE static T vjp(T r, T s, T g) {
     return T(2) * g * (r - s);
   }
 };

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "instruction_sets.h"
 
 namespace histodd {
 namespace {
@@ -53,16 +54,25 @@ Plan make_plan(at::TensorList real, at::TensorList synthetic, Kind kind) {
 }
 
 template <typename F, typename T>
-double sum_run(const T* r, const T* s, int64_t n) {
-  using Acc = at::opmath_type<T>;
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = std::min(n, begin + kFlush);
-    Acc part = 0;
+struct SumPass {
+  HISTODD_INLINE static void run(const T* r, const T* s, int64_t n, double* out) {
+    using Acc = at::opmath_type<T>;
+    double sum = 0;
+    for (int64_t begin = 0; begin < n; begin += kFlush) {
+      const int64_t end = std::min(n, begin + kFlush);
+      Acc part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t i = begin; i < end; ++i) part += F::value(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]));
-    sum += part;
+      for (int64_t i = begin; i < end; ++i) part += F::value(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]));
+      sum += part;
+    }
+    *out = sum;
   }
+};
+
+template <typename F, typename T>
+double sum_run(const T* r, const T* s, int64_t n) {
+  double sum;
+  run_best<SumPass<F, T>>(r, s, n, &sum);
   return sum;
 }
 
@@ -101,18 +111,20 @@ double unit_value(Kind kind, const T* r, const T* s, int64_t n) {
 
 // Either gradient pointer may be null.
 template <typename F, typename T>
-void vjp_run(const T* r, const T* s, double grad, T* grad_r, T* grad_s, int64_t n) {
-  using Acc = at::opmath_type<T>;
-  const Acc g = static_cast<Acc>(grad);
-  if (grad_r) {
+struct VjpPass {
+  HISTODD_INLINE static void run(const T* r, const T* s, double grad, T* grad_r, T* grad_s, int64_t n) {
+    using Acc = at::opmath_type<T>;
+    const Acc g = static_cast<Acc>(grad);
+    if (grad_r) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grad_r[i] = F::vjp(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]), g);
-  }
-  if (grad_s) {
+      for (int64_t i = 0; i < n; ++i) grad_r[i] = F::vjp(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]), g);
+    }
+    if (grad_s) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) grad_s[i] = -F::vjp(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]), g);
+      for (int64_t i = 0; i < n; ++i) grad_s[i] = -F::vjp(static_cast<Acc>(r[i]), static_cast<Acc>(s[i]), g);
+    }
   }
-}
+};
 
 template <typename T>
 void vjp_filter(const T* r, const T* s, double grad, T* grad_r, T* grad_s, int64_t n) {
@@ -131,9 +143,9 @@ template <typename T>
 void unit_vjp(Kind kind, const T* r, const T* s, double grad, T* grad_r, T* grad_s, int64_t n) {
   switch (kind) {
     case Kind::kL1:
-      return vjp_run<L1>(r, s, grad, grad_r, grad_s, n);
+      return run_best<VjpPass<L1, T>>(r, s, grad, grad_r, grad_s, n);
     case Kind::kL2:
-      return vjp_run<L2>(r, s, grad, grad_r, grad_s, n);
+      return run_best<VjpPass<L2, T>>(r, s, grad, grad_r, grad_s, n);
     default:
       return vjp_filter(r, s, grad, grad_r, grad_s, n);
   }
