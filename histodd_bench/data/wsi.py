@@ -264,13 +264,13 @@ def _on_white(region: Image.Image, shrink: int = 1) -> np.ndarray:
 
     The result is a view of planes ``[3,H,W]``: stores want them so, and splitting is far cheaper than transposing later.
     """
-    *colours, alpha = region.split()
-    if alpha.getextrema() != (255, 255):
-        white = Image.new("RGBA", region.size, (255, 255, 255, 255))
-        *colours, _ = Image.alpha_composite(white, region).split()
-    if shrink > 1:
-        colours = [plane.reduce(shrink) for plane in colours]
-    return np.stack([np.asarray(plane) for plane in colours]).transpose(1, 2, 0)
+    if np.frombuffer(region.tobytes(), dtype="<u4").min() < 0xFF000000:  # alpha is the fourth byte
+        region = Image.alpha_composite(Image.new("RGBA", region.size, (255, 255, 255, 255)), region)
+    planes = np.empty((3, region.height // shrink, region.width // shrink), dtype=np.uint8)
+    for channel in range(3):
+        plane = region.getchannel(channel)
+        planes[channel] = plane if shrink == 1 else plane.reduce(shrink)
+    return planes.transpose(1, 2, 0)
 
 
 @dataclass(frozen=True)
