@@ -8,7 +8,7 @@ CSS = """
     --c1: #56b4e9; --c2: #f2894a; --c3: #2fc79b; --c4: #e08ac0; --c5: #f0c419; --c6: #c8d0d8; --warn: #3b3011; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--fg); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main, header, nav { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
+main, header, nav { max-width: 1360px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 28px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 2px solid var(--line); }
@@ -27,6 +27,8 @@ thead th { background: var(--soft); border-bottom: 1px solid var(--line); font-w
 tbody th { font-weight: 400; text-align: left; }
 tr.block th { font-weight: 600; border-top: 1px solid var(--line); padding-top: .5rem; }
 tr.block th { position: sticky; left: 0; max-width: 90vw; white-space: normal; }
+.scroll tr > :first-child { position: sticky; left: 0; background: var(--bg); }
+.scroll thead th:first-child { background: var(--soft); }
 tr.paper > * { color: var(--dim); font-style: italic; }
 td.best { background: var(--tint); font-weight: 700; }
 td.interval { font-size: .8rem; }
@@ -62,7 +64,7 @@ details ul { margin: .3rem 0; padding-left: 1.2rem; max-width: 100ch; }
 pre { overflow-x: auto; background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
   font-size: .78rem; line-height: 1.35; }
 .swatch { display: inline-block; width: 1.6rem; height: .9rem; border: 1px solid var(--line); border-radius: 3px; vertical-align: -1px; }
-footer { max-width: 1180px; margin: 3rem auto 2rem; padding: .8rem 20px 0; border-top: 1px solid var(--line);
+footer { max-width: 1360px; margin: 3rem auto 2rem; padding: .8rem 20px 0; border-top: 1px solid var(--line);
   color: var(--dim); font-size: .85rem; }
 @media (max-width: 600px) { main, header, nav { padding: 0 12px; } footer { padding: .8rem 12px 0; } header { padding-top: 16px; }
   h1 { font-size: 1.35rem; } th, td { padding: .24rem .45rem; } }

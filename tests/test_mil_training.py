@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from histodd_bench.data.patchset import PatchSet
@@ -167,6 +168,20 @@ def test_weights_from_a_file_and_from_torchs_cache(pool, tmp_path, monkeypatch) 
     (tmp_path / "mine.pth").rename(tmp_path / "hub" / "checkpoints" / name)
     cached = encoder(pool, tmp_path, "torchvision:resnet18")
     assert cached.title == "torchvision resnet18, ImageNet weights IMAGENET1K_V1" and cached.key == own.key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_weights_of_a_timm_model_from_a_safetensors_file(pool, tmp_path, name) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    net = timm.create_model(name, pretrained=False)
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    own = encoder(pool, tmp_path, f"timm:{name}", str(tmp_path / "mine.safetensors"))
+    assert own.title == f"timm {name}, weights of mine.safetensors"
+    x = torch.randn(2, 3, 224, 224)
+    net.reset_classifier(0)
+    torch.testing.assert_close(own.network.features(x), net.eval()(x))
+    with pytest.raises(UsageError, match="name its weights with --encoder-weights"):
+        encoder(pool, tmp_path, f"timm:{name}")
 
 
 @pytest.mark.parametrize(

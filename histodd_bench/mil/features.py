@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ ENCODERS = {
     "pool": "a network of the distillation pool's recipe, trained on the training patches, that distillation never matches",
     "simclr": "the pool's architecture, trained on the training patches without labels (SimCLR)",
     "torchvision:NAME": "any torchvision classifier without its last layer",
-    "timm:NAME": "any timm model without its head; needs timm, and --encoder-weights",
+    "timm:NAME": "any timm model without its head; needs timm, and --encoder-weights (a .pth or .safetensors file)",
 }
 TRAINED = ("pool", "simclr")  # on the training patches, here
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -240,7 +241,10 @@ def _from(body: nn.Module, weights: str, model: str) -> tuple[nn.Module, str, An
 def _load(body: nn.Module, path: Path) -> None:
     """Load a state dict; a classifier that the file or the model lacks is left as it is, nothing else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
         head = {n for n in {*body.state_dict(), *state} if n.split(".")[0] in ("fc", "classifier", "head", "heads")}
         own = body.state_dict()
