@@ -6,6 +6,7 @@ doing, nothing else.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections import deque
@@ -25,6 +26,7 @@ Opener = Callable[[str], Callable[[Any], None]]
 Failures = dict[Any, str]
 
 _POLL = 0.5  # seconds between looks at jobs of a cluster
+_QUEUE_SECONDS = 15  # between looks at the queue, for jobs that died
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,18 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
     devices = ["cuda" if gpu else engine.device] * len(shares)  # SLURM shows a job its own GPU only
     submitted = executor.map_array(_chunk, [opener] * len(shares), devices, shares)
     failures, waiting = Failures(), dict(zip(range(len(shares)), submitted, strict=True))
+    looked, left = time.monotonic(), set[int]()  # jobs that had left the queue when it was last looked at
     try:
         while waiting:
-            for i in [i for i, job in waiting.items() if job.done()]:
+            ended = {i for i, job in waiting.items() if job.done()}
+            if executor.cluster == "slurm" and time.monotonic() - looked > _QUEUE_SECONDS:
+                gone = {i for i, job in waiting.items() if i not in ended and _left_queue(job.job_id)}
+                for i in gone & left:  # for long enough that a result would have been seen
+                    failures.update(dict.fromkeys(shares[i], f"its job {waiting.pop(i).job_id} ended without a result"))
+                    for _ in shares[i]:
+                        on_done()
+                looked, left = time.monotonic(), gone
+            for i in ended:
                 try:
                     failures.update(waiting.pop(i).result())
                 except Exception as error:  # submitit raises several kinds for a job that died
@@ -186,6 +197,15 @@ def _slurm(engine: Engine, opener: Opener, jobs: list[Any], on_done: Callable[[]
         for job in waiting.values():
             job.cancel()
     return failures
+
+
+def _left_queue(job: str) -> bool:
+    """Whether a job neither waits nor runs: submitit asks the accounting, and waits forever where a cluster has none."""
+    try:
+        asked = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return not asked.stdout.strip() if asked.returncode == 0 else "Invalid job id" in asked.stderr
 
 
 # ---- Ray ---------------------------------------------------------------------------------------------------------------

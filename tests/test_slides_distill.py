@@ -228,7 +228,9 @@ def run(d: SlideDistiller, engine: Engine, **more) -> dict:
 
 
 def engines() -> list[tuple[str, dict[str, str]]]:
-    return [("local", {}), ("slurm", {"cluster": "local", "timeout_min": "5"}), ("ray", {})]
+    """SLURM is submitit's stand-in on this machine; the cluster's own where HISTODD_TEST_SLURM=1 says that jobs may be sent."""
+    where = {} if os.environ.get("HISTODD_TEST_SLURM") == "1" else {"cluster": "local"}
+    return [("local", {}), ("slurm", {**where, "timeout_min": "5"}), ("ray", {})]
 
 
 @pytest.mark.parametrize(("name", "options_"), engines())
