@@ -269,7 +269,7 @@ def _on_white(region: Image.Image, shrink: int = 1) -> np.ndarray:
     planes = np.empty((3, region.height // shrink, region.width // shrink), dtype=np.uint8)
     for channel in range(3):
         plane = region.getchannel(channel)
-        planes[channel] = plane if shrink == 1 else plane.reduce(shrink)
+        planes[channel] = np.asarray(plane if shrink == 1 else plane.reduce(shrink))
     return planes.transpose(1, 2, 0)
 
 

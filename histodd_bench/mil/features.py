@@ -240,6 +240,7 @@ def _from(body: nn.Module, weights: str, model: str) -> tuple[nn.Module, str, An
 
 def _load(body: nn.Module, path: Path) -> None:
     """Load a state dict; a classifier that the file or the model lacks is left as it is, nothing else."""
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
