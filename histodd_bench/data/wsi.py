@@ -1,5 +1,6 @@
 """Whole-slide images: physical scale, regions and tiles, through OpenSlide.
 
+Plain JPEG tiles, which most slides have, are decoded without it, to the same pixels (:mod:`histodd_bench.data.jpeg_tiles`).
 Positions are always level-0 pixels. Scales are microns per pixel (mpp); 0.25 is 40x, 0.5 is 20x, 1 is 10x. Tissue is found in
 :mod:`histodd_bench.data.tissue`, annotations are read in :mod:`histodd_bench.data.annotations`. Slide files are not trusted:
 no region, tile or overview takes more memory than a fixed bound, whatever dimensions a file claims.
@@ -15,6 +16,7 @@ import openslide
 from PIL import Image
 
 from histodd_bench.data.images import resize
+from histodd_bench.data.jpeg_tiles import JpegLevels
 from histodd_bench.errors import HistoddError
 
 MPP_RANGE = (0.05, 20.0)  # a scale outside is a wrong tag, not a microscope
@@ -76,6 +78,7 @@ class Slide:
     def __init__(self, path: Path, mpp: float | None = None):
         self.path = Path(path)
         self._handle = self._open()
+        self._pixels = JpegLevels(self.path, self._handle)
         found = level0_mpp(self._handle.properties, mpp)
         if found is None:
             self.close()
@@ -128,6 +131,7 @@ class Slide:
         )
 
     def close(self) -> None:
+        self._pixels.close()
         self._handle.close()
 
     def __enter__(self) -> Self:
@@ -173,11 +177,12 @@ class Slide:
     def _read(self, x: int, y: int, width: int, height: int, level: int, factor: float) -> np.ndarray:
         size = max(round(width * factor), 1), max(round(height * factor), 1)
         try:
-            region = self._handle.read_region((x, y), level, size)
+            region = self._pixels.read_region(x, y, level, size)
         except openslide.OpenSlideError as error:
             # After one failure OpenSlide fails every later read of the same handle.
             self.close()
             self._handle = self._open()
+            self._pixels = JpegLevels(self.path, self._handle)
             raise UnreadableTile(self.path, f"region at ({x}, {y}) cannot be decoded ({error})") from None
         whole = round(factor)
         if whole in _EXACT and (width * whole, height * whole) == size:
