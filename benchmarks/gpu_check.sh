@@ -16,7 +16,7 @@
 #   pip download -d .whl --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 #     "setuptools>=77" wheel hypothesis sortedcontainers safetensors defusedxml openslide-python openslide-bin \
-#     tifffile imagecodecs scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
+#     tifffile imagecodecs simplejpeg scikit-learn scipy joblib threadpoolctl torchstain==1.4.1
 # (leave out what the machine has; other manylinux tags may be needed). Packages that must be compiled there, such as
 # stainx, are taken as source archives (.tar.gz) from the same folder. LIMIT=540 is the limit of the whole in seconds;
 # PATIENCE=3 multiplies the limit of every phase, for slow machines; ONLY="build tests" runs only these

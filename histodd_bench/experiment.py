@@ -30,7 +30,7 @@ from histodd_bench.stain_policy import STAIN_POLICIES, StainPolicy, resolve_stai
 from histodd_bench.stain_pre import normalised
 from histodd_bench.stopwatch import stopwatch
 from histodd_bench.tables.declaration import Times
-from histodd_bench.training import TrainRecipe
+from histodd_bench.training import EvalRecipe, TrainRecipe
 
 __all__ = ["STAIN_POLICIES", "Cell", "Experiment", "Made", "Request", "StainPolicy", "cells", "resolve_stain", "run"]
 
@@ -83,15 +83,15 @@ class Experiment:
         return resolve_stain(self)
 
     @cached_property
-    def recipe(self) -> TrainRecipe:
+    def recipe(self) -> EvalRecipe:
         """The evaluation recipe, stain policy included; a field set on the command line wins over the policy."""
         return self.recipe_of(())
 
-    def recipe_of(self, changes: Changes) -> TrainRecipe:
+    def recipe_of(self, changes: Changes) -> EvalRecipe:
         """:attr:`recipe` with what a column fixes."""
         policy = {"stain_train": self.stain.train, "stain_test": self.stain.test}
         layers = (self.request.preset.eval, policy, self.request.overrides.get("eval", {}))
-        return _changed(presets.build(TrainRecipe, *layers), "eval", changes)
+        return _changed(presets.build(EvalRecipe, *layers), "eval", changes)
 
     @cached_property
     def pool_recipe(self) -> PoolRecipe:
@@ -161,7 +161,8 @@ class Experiment:
 
         networks = f"pool of {self.pool_recipe.networks} networks, {length(self.pool_recipe)} each"
         stain = f"stain normalisation {self.stain.train:g} in training, {'on' if self.stain.test else 'off'} at test"
-        return f"{networks}; evaluation {length(self.recipe)}; {stain} ({self.stain.chosen})"
+        least = f", at least {self.recipe.min_steps} steps" if self.recipe.min_steps and self.recipe.epochs else ""
+        return f"{networks}; evaluation {length(self.recipe)}{least}; {stain} ({self.stain.chosen})"
 
     # ---- configurations: everything a result depends on --------------------------------------------------------------
 

@@ -31,6 +31,8 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     budget = (
         f"{evaluation['epochs']} epochs" if evaluation.get("epochs") is not None else f"{evaluation['steps']} steps"
     )
+    if evaluation.get("epochs") is not None and evaluation.get("min_steps"):
+        budget += f", or as many more as make {evaluation['min_steps']} steps,"
     augment = "by column" if "augment" in varied else ", ".join(evaluation["augment"]) or "none"
     notes.append(
         f"Evaluated on {'several networks' if table.across == 'archs' else arch} at {size} px: {budget} for every method, "

@@ -30,7 +30,7 @@ class Preset:
         threads: CPU threads; part of the configuration, since gradients differ in the last bits between thread counts.
         stain: see :data:`STAIN`.
         pool: fields of PoolRecipe that differ from its defaults.
-        eval: fields of TrainRecipe that differ from its defaults.
+        eval: fields of EvalRecipe that differ from its defaults.
         methods: fields of methods that differ from their defaults.
         by_ipc: the same, for one number of images per class.
         by_dataset: the same, for one data set.
@@ -198,9 +198,9 @@ def section_classes() -> dict[str, type[Any]]:
     """The dataclass behind each section of ``--set``: ``pool``, ``eval`` and every method."""
     from histodd_bench.mil.training import MILRecipe, TransferRecipe
     from histodd_bench.models import PoolRecipe
-    from histodd_bench.training import TrainRecipe
+    from histodd_bench.training import EvalRecipe
 
-    classes = {"pool": PoolRecipe, "eval": TrainRecipe, "mil": MILRecipe, "transfer": TransferRecipe}
+    classes = {"pool": PoolRecipe, "eval": EvalRecipe, "mil": MILRecipe, "transfer": TransferRecipe}
     return {**classes, **{n: e.cls for n, e in all_methods().items()}}
 
 
@@ -256,7 +256,8 @@ def _refuse(name: str, known: Mapping[str, tuple[str, str]], of: str = "") -> st
 def build(cls: type[Any], *layers: Fields) -> Any:
     """An instance of a dataclass from layers of fields, later ones winning; ``epochs`` and ``steps`` replace each other.
 
-    Fields that the class does not have are refused.
+    Who names a number of epochs means that number: ``min_steps`` of earlier layers and of the class is off then. Fields that
+    the class does not have are refused.
     """
     merged: dict[str, Any] = {}
     names = [f.name for f in dataclasses.fields(cls)]
@@ -270,6 +271,8 @@ def build(cls: type[Any], *layers: Fields) -> Any:
                 merged["epochs"] = None
             elif layer.get("epochs") is not None and "steps" not in layer:
                 merged["steps"] = None
+        if "min_steps" in names and "epochs" in layer and "min_steps" not in layer:
+            merged["min_steps"] = 0
     return cls(**merged)
 
 

@@ -95,9 +95,7 @@ def _sample(train: PatchSet, per_class: int) -> PatchSet:
 
 def _steps(recipe: TrainRecipe, patches: int) -> float:
     """Optimiser steps, in full batches: a set smaller than a batch makes cheaper steps."""
-    if recipe.steps is not None:
-        return recipe.steps * min(1.0, patches / recipe.batch_size)
-    return (recipe.epochs or 0) * patches / recipe.batch_size
+    return recipe.steps_on(patches) * patches / (recipe.batch_size * -(-patches // recipe.batch_size))
 
 
 def _training_step(experiment: Experiment, arch: str, width: int | None, recipe: TrainRecipe) -> float:

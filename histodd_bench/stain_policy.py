@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from histodd_bench import presets, tuning
-from histodd_bench.training import TrainRecipe
+from histodd_bench.training import EvalRecipe
 
 if TYPE_CHECKING:
     from histodd_bench.experiment import Experiment
@@ -57,7 +57,7 @@ def resolve_stain(experiment: "Experiment") -> StainPolicy:
             ipc=request.preset.ipc[0],
             arch=arch,
             width=width,
-            recipe=presets.build(TrainRecipe, request.preset.eval, fields),
+            recipe=presets.build(EvalRecipe, request.preset.eval, fields),
             preprocessing=experiment.preprocessing,
             device=experiment.device,
             cache=request.cache / "choices",

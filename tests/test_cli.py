@@ -14,7 +14,7 @@ from tiny_project import OPTIONS, command, environment, program, without, write_
 from histodd_bench import cli, presets
 from histodd_bench.errors import UsageError
 from histodd_bench.models import MODELS
-from histodd_bench.training import TrainRecipe
+from histodd_bench.training import EvalRecipe, TrainRecipe
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,14 @@ def test_steps_and_epochs_replace_each_other() -> None:
     assert (recipe.epochs, recipe.steps) == (None, 100)
     recipe = presets.build(TrainRecipe, {"steps": 100}, {"epochs": 5})
     assert (recipe.epochs, recipe.steps) == (5, None)
+
+
+def test_who_names_epochs_gets_that_many() -> None:
+    assert presets.build(EvalRecipe).min_steps == 300
+    assert presets.build(EvalRecipe, {"lr": 0.02}).min_steps == 300
+    assert presets.build(EvalRecipe, {}, {"epochs": 5}).min_steps == 0
+    assert presets.build(EvalRecipe, {"epochs": 50}, {"min_steps": 100}).min_steps == 100
+    assert presets.build(EvalRecipe, presets.get_preset("paper").eval).min_steps == 0
 
 
 @pytest.mark.parametrize("name", list(presets.PRESETS))

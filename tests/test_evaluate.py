@@ -13,7 +13,7 @@ from small_sets import two_classes
 from histodd_bench.evaluate import compute_metrics, evaluate, storage
 from histodd_bench.sets import to_uint8
 from histodd_bench.stain import describe
-from histodd_bench.training import TrainRecipe
+from histodd_bench.training import EvalRecipe, TrainRecipe
 
 
 def test_metrics_by_hand() -> None:
@@ -47,7 +47,9 @@ def test_storage_counts_one_codec_and_labels() -> None:
     found = storage(patches)
     assert found["count"] == 10 and found["shape"] == [3, 16, 16] and found["raw_uint8_bytes"] == 10 * 3 * 16 * 16
     assert found["estimated"] is False and 80 < found["disk_bytes"] < 10 * (3 * 16 * 16 + 200)  # type: ignore[operator]
-    as_float = type(patches)(patches.images.float() / 255, patches.labels, patches.groups, patches.group_names, patches.classes)
+    as_float = type(patches)(
+        patches.images.float() / 255, patches.labels, patches.groups, patches.group_names, patches.classes
+    )
     assert storage(as_float) == found
     assert torch.equal(to_uint8(as_float.images), patches.images)
 
@@ -70,7 +72,34 @@ def test_an_evaluation_is_reproducible_and_reports_its_budget() -> None:
     assert metrics["balanced_accuracy"] > 0.8 and steps[39] == (40, 40)
 
 
-def test_an_interrupted_evaluation_continues_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("patches", "fields", "steps"),
+    [
+        (20, {}, 300),  # a step an epoch
+        (20, {"min_steps": 0}, 50),  # the paper's 50 epochs
+        (100, {}, 300),
+        (192, {"min_steps": 100}, 150),  # 50 epochs of three steps are enough already
+        (192, {"min_steps": 151}, 153),  # whole epochs
+        (5000, {}, 50 * 79),  # the whole set is trained as the paper does
+        (20, {"epochs": None, "steps": 7}, 7),
+    ],
+)
+def test_small_sets_are_gone_through_more_often(patches: int, fields: dict, steps: int) -> None:
+    assert EvalRecipe(**fields).steps_on(patches) == steps
+
+
+def test_the_least_number_of_steps_is_made() -> None:
+    train, test = two_classes(per_class=10), two_classes(per_class=12, seed=3)
+    recipe = EvalRecipe(epochs=2, batch_size=8, min_steps=10)
+    metrics = evaluate(
+        train, test, arch="convnet-d3", width=8, recipe=recipe, seed=1, preprocessing=describe(train)
+    ).metrics
+    assert (metrics["steps"], metrics["epochs"]) == (12, 4)
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("histodd_bench.evaluate._CHECKPOINT_SECONDS", -1.0)
     train, test = two_classes(per_class=10), two_classes(per_class=12, seed=3)
     path = tmp_path / "evaluation.pt"

@@ -244,7 +244,7 @@ class Transfer:
         if cell.method != "none":
             parts.append(self.experiment(cell.source).make(cell.method, cell.ipc, cell.distill_seed).patches)
         if parts:
-            recipe = replace(target.recipe, epochs=self.recipe.epochs, steps=None, lr=self._rate(cell))
+            recipe = replace(target.recipe, epochs=self.recipe.epochs, steps=None, min_steps=0, lr=self._rate(cell))
             trainer = JointTrainer(
                 model, parts, recipe, target.preprocessing, seed=cell.eval_seed, device=target.device
             )
