@@ -130,6 +130,20 @@ def test_grey_regions_do_not_earn_trust(tmp_path: Path) -> None:
         levels.close()
 
 
+def test_tiles_that_are_not_in_the_file_are_openslides(tmp_path: Path) -> None:
+    path = write(tmp_path / "slide.tif")
+    with openslide.OpenSlide(path) as handle:
+        levels = JpegLevels(path, handle)
+        tiles, file = levels._levels[0], levels._file
+        assert tiles.region(file, 0, 0, 256, 256) is not None
+        right, counts = list(tiles._offsets), list(tiles._counts)
+        for offset, count in ((1 << 40, counts[0]), ((1 << 64) - 1, counts[0]), (right[0] + 1, counts[0]), (right[0], 0)):
+            tiles._offsets, tiles._counts = [offset, *right[1:]], [count, *counts[1:]]
+            assert tiles.region(file, 0, 0, 256, 256) is None
+        assert tiles.region(file, 256, 0, 256, 256) is not None
+        levels.close()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_damaged_tiles_are_openslides_to_refuse(tmp_path: Path, seed: int) -> None:
     """Bytes overwritten anywhere in a tile, its header included, which may then claim other dimensions."""

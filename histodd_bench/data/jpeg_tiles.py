@@ -19,6 +19,7 @@ from PIL import Image
 _VENDORS = ("aperio", "generic-tiff")
 _CACHE_BYTES = 32 << 20  # of decoded tiles of a level; OpenSlide's own default
 _COLOURED = 16  # grey levels between a pixel's channels; a grey region comes out the same in a wrong colour space
+_START = b"\xff\xd8"
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # and one byte: 0 = RGB, 1 = YCbCr
 
 
@@ -36,9 +37,9 @@ class JpegTiles:
         self._side = page.tilewidth, page.tilelength
         self._across = -(-self.width // page.tilewidth)
         self._offsets, self._counts = page.dataoffsets, page.databytecounts
-        tables = page.jpegtables or b"\xff\xd8\xff\xd9"
+        tables = page.jpegtables or _START + b"\xff\xd9"
         transform = 0 if page.photometric == tifffile.PHOTOMETRIC.RGB else 1
-        self._head = b"\xff\xd8" + _ADOBE + bytes([transform]) + tables[2:-2]
+        self._head = _START + _ADOBE + bytes([transform]) + tables[2:-2]
         self._trusted = False
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
@@ -96,10 +97,12 @@ class JpegTiles:
         tile = np.empty((height, width, 4), dtype=np.uint8)
         if index >= len(self._offsets) or not 0 < self._counts[index] <= tile.nbytes:
             return None
-        data = os.pread(file, self._counts[index], self._offsets[index])
         try:
+            data = os.pread(file, self._counts[index], self._offsets[index])
+            if not data.startswith(_START):
+                return None
             decoded = simplejpeg.decode_jpeg(self._head + data[2:], "RGBA", buffer=tile)
-        except (ValueError, OSError):  # damaged, or of other dimensions than its tile
+        except (ValueError, OSError, OverflowError):  # damaged, of other dimensions than its tile, or not in the file
             return None
         return tile if decoded.shape == tile.shape else None
 
