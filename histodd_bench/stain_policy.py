@@ -1,7 +1,7 @@
 """How stains are handled by every method of a run: said by the user, or decided on training slides alone."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from histodd_bench import presets, tuning
@@ -57,7 +57,7 @@ def resolve_stain(experiment: "Experiment") -> StainPolicy:
             ipc=request.preset.ipc[0],
             arch=arch,
             width=width,
-            recipe=presets.build(EvalRecipe, request.preset.eval, fields),
+            recipe=replace(presets.build(EvalRecipe, request.preset.eval, fields), min_steps=0),  # enough to compare
             preprocessing=experiment.preprocessing,
             device=experiment.device,
             cache=request.cache / "choices",
