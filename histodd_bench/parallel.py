@@ -1,5 +1,6 @@
 """Cells on several CPU processes: each loads the data set itself, is handed one piece of work after another, and writes records."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -34,7 +35,9 @@ def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], objec
             key = ("coresets", cell.distill_seed)
         groups.setdefault(key, []).append(cell)
     synthetic = any(method_entry(c.method).synthetic for c in cells)
-    longest_first = sorted(groups.values(), key=lambda g: (g[0].distill_seed or 0, -sum(c.ipc or 0 for c in g)))
+    longest_first = sorted(
+        groups.values(), key=lambda g: (g[0].distill_seed or 0, -sum(math.inf if c.ipc is None else c.ipc for c in g))
+    )
     return [*range(networks if synthetic else 0), *(tuple(g) for g in longest_first)]
 
 
