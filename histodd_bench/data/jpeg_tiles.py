@@ -1,6 +1,6 @@
 """The JPEG tiles of a TIFF slide, decoded directly.
 
-OpenSlide spends twice as long on putting a region together as on decoding its tiles. Where the file is a plain TIFF of JPEG
+OpenSlide spends longer on putting a region together than on decoding its tiles. Where the file is a plain TIFF of JPEG
 tiles and the region lies on whole pixels of a level, the tiles can be decoded and cut without it. OpenSlide stays the authority:
 a level is only read here once a coloured region of it has come out the same through both, and whatever the strict decoder
 here refuses, or does not know, is OpenSlide's to read or to refuse.
@@ -40,7 +40,7 @@ class JpegTiles:
         tables = page.jpegtables or _START + b"\xff\xd9"
         transform = 0 if page.photometric == tifffile.PHOTOMETRIC.RGB else 1
         self._head = _START + _ADOBE + bytes([transform]) + tables[2:-2]
-        self._trusted = False
+        self.trusted = False  # whether a coloured region has been compared
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def region(self, file: int, x: int, y: int, width: int, height: int) -> Image.Image | None:
@@ -73,13 +73,8 @@ class JpegTiles:
         pixels = np.asarray(mine)
         alike = bool((pixels == np.asarray(theirs)).all())
         rgb = pixels[..., :3]
-        self._trusted = alike and int((rgb.max(axis=2) - rgb.min(axis=2)).max()) >= _COLOURED
+        self.trusted = alike and int((rgb.max(axis=2) - rgb.min(axis=2)).max()) >= _COLOURED
         return alike
-
-    @property
-    def trusted(self) -> bool:
-        """Whether a coloured region has been compared."""
-        return self._trusted
 
     def _cached(self, file: int, index: int) -> np.ndarray | None:
         if index in self._cache:
