@@ -40,6 +40,7 @@ def test_work_is_cut_so_that_cells_sharing_a_set_or_a_network_stay_together() ->
     networks, groups = pieces(cells, 3)[:3], pieces(cells, 3)[3:]
     assert networks == [0, 1, 2]
     assert sorted(len(g) for g in groups) == [1, 1, 2, 2, 8]  # type: ignore[arg-type]
+    assert [g[0].method for g in groups[:2]] == ["full", "full"], "the longest first"  # type: ignore[index]
     assert sorted(map(str, (c for g in groups for c in g))) == sorted(map(str, cells))  # type: ignore[union-attr]
     assert not [p for p in pieces(cells[:4], 3) if isinstance(p, int)], "coresets alone need no pool"
 
