@@ -16,6 +16,7 @@ from histodd_bench.data.patchset import PatchSet
 from histodd_bench.files import read_state, save_state
 from histodd_bench.memory import peak_memory
 from histodd_bench.models import build
+from histodd_bench.models.convnet import ConvNetD3
 from histodd_bench.sets import to_uint8
 from histodd_bench.stain import Preprocessing
 from histodd_bench.training import Trainer, TrainRecipe, predict
@@ -70,8 +71,8 @@ def evaluate(
     model = build(
         arch, num_classes=test.num_classes, image_size=test.image_size[0], width=width, generator_seed=seed
     ).to(device)
-    if torch.device(device).type == "cpu":
-        model = model.to(memory_format=torch.channels_last)  # faster there
+    if torch.device(device).type == "cpu" and not isinstance(model, ConvNetD3):
+        model = model.to(memory_format=torch.channels_last)  # up to 1.5x as fast there, ConvNet-D3 1.1x to 1.5x slower
     trainer = Trainer(model, patches, recipe, preprocessing, seed=seed, device=device)
     loss, saved = float("nan"), time.monotonic()
     if checkpoint is not None and checkpoint.exists():

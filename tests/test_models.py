@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from histodd_bench.errors import UsageError
 from histodd_bench.models import MODELS, build, paramcount
+from histodd_bench.models.pooling import HalvingPool
 from histodd_bench.models.vit import token_size
 
 NARROW = {"convnet-d3": 6, "resnetap10": 4, "resnet18": 4, "densenet121": 4, "vit": 8}
@@ -196,3 +197,24 @@ def test_bad_requests():
 def test_awkward_widths(name, width):
     model = build(name, num_classes=2, image_size=32, width=width, generator_seed=0)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 7, 10), (1, 4, 6, 9), (3, 2, 2, 2), (0, 2, 4, 4)])
+def test_halving_pool_has_the_bits_of_avg_pool2d_to_the_second_derivative(shape, layout) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout).requires_grad_()
+    results = []
+    for pool in (HalvingPool(), torch.nn.AvgPool2d(2)):
+        y = pool(x)
+        (first,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * first * first).sum(), x)
+        results.append((y, first, second))
+    for ours, torchs in zip(*results, strict=True):
+        assert ours.shape == torchs.shape
+        assert torch.equal(ours, torchs)
+
+
+def test_halving_pool_gradients_are_those_of_finite_differences() -> None:
+    x = torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(HalvingPool(), x)
+    assert torch.autograd.gradgradcheck(HalvingPool(), x)

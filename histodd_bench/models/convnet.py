@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from histodd_bench.models.pooling import HalvingPool
+
 
 class ConvNetD3(nn.Module):
     """Three times (3x3 convolution, instance norm, ReLU, 2x2 average pool), flatten, one linear layer.
@@ -23,7 +25,7 @@ class ConvNetD3(nn.Module):
                 nn.Conv2d(channels, width, kernel_size=3, padding=1),
                 nn.GroupNorm(width, width),
                 nn.ReLU(inplace=True),
-                nn.AvgPool2d(2),
+                HalvingPool(),
             ]
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * (image_size // 8) ** 2, num_classes)

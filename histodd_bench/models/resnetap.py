@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histodd_bench.models.pooling import HalvingPool
+
 
 def _conv(channels: int, width: int, kernel: int) -> nn.Conv2d:
     return nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False)
@@ -15,19 +17,17 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, width: int, pool: bool) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool = HalvingPool() if pool else nn.Identity()
         self.conv1, self.norm1 = _conv(channels, width, 3), nn.GroupNorm(width, width)
         self.conv2, self.norm2 = _conv(width, width, 3), nn.GroupNorm(width, width)
         self.shortcut = (
-            nn.Sequential(_conv(channels, width, 1), nn.AvgPool2d(2), nn.GroupNorm(width, width))
+            nn.Sequential(_conv(channels, width, 1), HalvingPool(), nn.GroupNorm(width, width))
             if pool
             else nn.Identity()
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)), inplace=True)
-        if self.pool:
-            out = F.avg_pool2d(out, 2)
+        out = self.pool(F.relu(self.norm1(self.conv1(x)), inplace=True))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
 
@@ -52,7 +52,7 @@ class ResNetAP10(nn.Module):
             nn.ReLU(inplace=True),
         ]
         if image_size > 64:
-            stem.append(nn.AvgPool2d(2 if image_size <= 128 else 4))
+            stem.append(HalvingPool() if image_size <= 128 else nn.AvgPool2d(4))
         self.stem = nn.Sequential(*stem)
         self.stages = nn.Sequential(
             _Block(width, width, pool=False),
