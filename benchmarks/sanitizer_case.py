@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from histodd_bench.ops import gradient_distance, macenko_fit, stain_augment
+from histodd_bench.ops import gradient_distance, macenko_affine, macenko_fit, stain_augment
 from histodd_bench.profile.patches import procedural
 
 DEVICE = torch.device("cpu" if "--cpu" in sys.argv else "cuda")
@@ -41,7 +41,8 @@ def macenko_fit_kernels() -> None:
             x = pixels if dtype == torch.uint8 else (pixels.double() / 255).to(dtype)
             for image in (x, x.contiguous(memory_format=torch.channels_last)):
                 for interpolation in ("nearest", "linear"):
-                    macenko_fit(image.to(DEVICE), interpolation=interpolation)
+                    stain, top, _ = macenko_fit(image.to(DEVICE), interpolation=interpolation)
+                    macenko_affine(stain, top, stain[0].double(), top[0].double())
 
 
 def gradient_distance_kernels() -> None:

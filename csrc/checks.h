@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -41,12 +42,31 @@ struct FitOutputs {
   at::Tensor stain_matrix, max_concentration, status;
 };
 
-// Filled for images without pixels: too little tissue.
+// Of images without pixels: too little tissue.
 inline FitOutputs fit_outputs(const at::Tensor& image) {
   const int64_t n = image.size(0);
   const auto options = image.options().dtype(image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  if (image.numel() > 0) {
+    return {at::empty({n, 3, 2}, options), at::empty({n, 2}, options), at::empty({n}, options.dtype(at::kByte))};
+  }
   return {at::zeros({n, 3, 2}, options), at::zeros({n, 2}, options),
-          at::full({n}, static_cast<int64_t>(kFitLittleTissue), image.options().dtype(at::kByte))};
+          at::full({n}, static_cast<int64_t>(kFitLittleTissue), options.dtype(at::kByte))};
+}
+
+inline void check_macenko_affine(const at::Tensor& stain_matrix, const at::Tensor& top, const at::Tensor& target,
+                                 const at::Tensor& target_top) {
+  const int64_t n = stain_matrix.dim() > 0 ? stain_matrix.size(0) : -1;
+  const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape, bool typed) {
+    TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be ", shape, ", got ", t.sizes());
+    TORCH_CHECK_VALUE(t.device() == stain_matrix.device() && t.layout() == at::kStrided, name, " lies on ", t.device(),
+                      ", stain_matrix on ", stain_matrix.device());
+    TORCH_CHECK_VALUE(typed, name, " has the wrong dtype, ", t.scalar_type());
+  };
+  const at::ScalarType type = stain_matrix.scalar_type();
+  check("stain_matrix", stain_matrix, {n, 3, 2}, type == at::kFloat || type == at::kDouble);
+  check("max_concentration", top, {n, 2}, top.scalar_type() == type);
+  check("target", target, {3, 2}, target.scalar_type() == at::kDouble);
+  check("target_top", target_top, {2}, target_top.scalar_type() == at::kDouble);
 }
 
 // ---- gradient_distance ----

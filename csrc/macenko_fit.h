@@ -346,4 +346,27 @@ HISTODD_HD Fit finished_fit(const Stains& stains, const Tails& tops, int64_t pix
   return fit;
 }
 
+// [A|b], 3 x 4, that moves densities with these stains onto the target's: target diag(target_top / top) pinv(stain).
+// Stain matrices are 3 x 2. Stains without a left inverse give NaN or infinity.
+template <typename T>
+HISTODD_HD void affine_onto(const T* stain, const T* top, const double* target, const double* target_top, T* out) {
+  double a = 0, b = 0, d = 0, ratio[2];
+  for (int i = 0; i < 3; ++i) {
+    const double h = stain[2 * i], e = stain[2 * i + 1];
+    a += h * h;
+    b += h * e;
+    d += e * e;
+  }
+  const double determinant = a * d - b * b;
+  for (int k = 0; k < 2; ++k) {
+    ratio[k] = target_top[k] / (top[k] < 1e-6 ? 1e-6 : static_cast<double>(top[k])) / determinant;
+  }
+  for (int j = 0; j < 3; ++j) {
+    const double h = stain[2 * j], e = stain[2 * j + 1];
+    const double first = ratio[0] * (d * h - b * e), second = ratio[1] * (a * e - b * h);
+    for (int i = 0; i < 3; ++i) out[4 * i + j] = static_cast<T>(target[2 * i] * first + target[2 * i + 1] * second);
+    out[4 * j + 3] = 0;
+  }
+}
+
 }  // namespace histodd

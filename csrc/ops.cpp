@@ -20,6 +20,8 @@ TORCH_LIBRARY(histodd, m) {
       "macenko_fit(Tensor image, float io, float beta, float alpha, float min_tissue, float min_concentration, "
       "str interpolation, bool plus_one, str sign) -> (Tensor stain_matrix, Tensor max_concentration, Tensor status)",
       {at::Tag::pt2_compliant_tag});
+  m.def("macenko_affine(Tensor stain_matrix, Tensor max_concentration, Tensor target, Tensor target_top) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   m.def("gradient_distance(Tensor[] real, Tensor[] synthetic, str kind, bool per_layer) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
@@ -41,6 +43,7 @@ TORCH_LIBRARY(histodd, m) {
 // own: without this registration a double backward would silently be zero, with it autograd raises.
 TORCH_LIBRARY_IMPL(histodd, Autograd, m) {
   m.impl("macenko_fit", torch::autograd::autogradNotImplementedFallback());  // the fit is detached
+  m.impl("macenko_affine", torch::autograd::autogradNotImplementedFallback());
   m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("stain_augment_backward", torch::autograd::autogradNotImplementedFallback());
 }

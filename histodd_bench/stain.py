@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.ops import macenko_fit, stain_augment
-from histodd_bench.ops.macenko_fit import OK, STATUS_NAMES, pinv
+from histodd_bench.ops import macenko_affine, macenko_fit, stain_augment
+from histodd_bench.ops.macenko_fit import OK, STATUS_NAMES
 from histodd_bench.stain_definitions import Definition, StainFit
 from histodd_bench.stain_definitions import definition as find_definition
 
@@ -27,14 +27,15 @@ class StainTemplate:
 
     def affine(self, stain_matrix: Tensor, max_concentration: Tensor) -> Tensor:
         """``[A|b]`` ``[N,3,4]`` that moves patches with these fits (``[N,3,2]``, ``[N,2]``) onto the template."""
-        new = stain_matrix.new_tensor
-        return _affine(new(self.stain_matrix), new(self.max_concentration), stain_matrix, max_concentration)
+        return macenko_affine(stain_matrix, max_concentration, *self.tensors(stain_matrix.device))
 
-
-def _affine(target: Tensor, target_top: Tensor, stain_matrix: Tensor, max_concentration: Tensor) -> Tensor:
-    ratio = target_top / max_concentration.clamp(min=1e-6)
-    matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
-    return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The stain matrix ``[3,2]`` and maximum concentrations ``[2]``, float64."""
+        double = torch.float64
+        return (
+            torch.tensor(self.stain_matrix, dtype=double, device=device),
+            torch.tensor(self.max_concentration, dtype=double, device=device),
+        )
 
 
 def fit_affine(images: Tensor, template: StainTemplate) -> tuple[Tensor, Tensor]:
@@ -182,8 +183,7 @@ class MacenkoNormalizer(nn.Module):
         fit = self.estimate(images) if fit is None else StainFit(*(t.to(images.device) for t in fit))
         if len(fit.status) not in (1, len(images)):
             raise ValueError(f"one fit for all or one per patch: got {len(fit.status)} fits for {len(images)} patches")
-        target = self.target_stain.to(fit.stain_matrix), self.target_concentration.to(fit.max_concentration)
-        affine = _affine(*target, fit.stain_matrix, fit.max_concentration)
+        affine = macenko_affine(fit.stain_matrix, fit.max_concentration, self.target_stain, self.target_concentration)
         valid = (fit.status == OK).expand(len(images))
         return self.definition.apply(images, affine.expand(len(images), 3, 4), valid)
 

@@ -336,7 +336,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> macenko_fit(const at::Tensor& ima
   return {out.stain_matrix, out.max_concentration, out.status};
 }
 
+at::Tensor macenko_affine(const at::Tensor& stain_matrix_in, const at::Tensor& top_in, const at::Tensor& target_in,
+                          const at::Tensor& target_top_in) {
+  check_macenko_affine(stain_matrix_in, top_in, target_in, target_top_in);
+  const at::Tensor stain_matrix = stain_matrix_in.contiguous(), top = top_in.contiguous();
+  const at::Tensor target = target_in.contiguous(), target_top = target_top_in.contiguous();
+  const int64_t n = stain_matrix.size(0);
+  const at::Tensor out = at::empty({n, 3, 4}, stain_matrix.options());
+  AT_DISPATCH_FLOATING_TYPES(stain_matrix.scalar_type(), "macenko_affine", [&] {
+    for (int64_t i = 0; i < n; ++i) {
+      affine_onto(stain_matrix.const_data_ptr<scalar_t>() + 6 * i, top.const_data_ptr<scalar_t>() + 2 * i,
+                  target.const_data_ptr<double>(), target_top.const_data_ptr<double>(),
+                  out.mutable_data_ptr<scalar_t>() + 12 * i);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace histodd
 
-TORCH_LIBRARY_IMPL(histodd, CPU, m) { m.impl("macenko_fit", histodd::macenko_fit); }
+TORCH_LIBRARY_IMPL(histodd, CPU, m) {
+  m.impl("macenko_fit", histodd::macenko_fit);
+  m.impl("macenko_affine", histodd::macenko_affine);
+}

@@ -340,7 +340,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> macenko_fit(const at::Tensor& ima
   return {out.stain_matrix, out.max_concentration, out.status};
 }
 
+template <typename T>
+__global__ void affine_kernel(const T* stain_matrix, const T* top, const double* target, const double* target_top,
+                              int64_t n, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) affine_onto(stain_matrix + 6 * i, top + 2 * i, target, target_top, out + 12 * i);
+}
+
+at::Tensor macenko_affine(const at::Tensor& stain_matrix_in, const at::Tensor& top_in, const at::Tensor& target_in,
+                          const at::Tensor& target_top_in) {
+  check_macenko_affine(stain_matrix_in, top_in, target_in, target_top_in);
+  const c10::cuda::CUDAGuard guard(stain_matrix_in.device());
+  const at::Tensor stain_matrix = stain_matrix_in.contiguous(), top = top_in.contiguous();
+  const at::Tensor target = target_in.contiguous(), target_top = target_top_in.contiguous();
+  const int64_t n = stain_matrix.size(0), blocks = (n + 63) / 64;
+  const at::Tensor out = at::empty({n, 3, 4}, stain_matrix.options());
+  if (n == 0) return out;
+  TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "macenko_affine: too many images for one launch");
+  AT_DISPATCH_FLOATING_TYPES(stain_matrix.scalar_type(), "macenko_affine", [&] {
+    affine_kernel<<<static_cast<int>(blocks), 64, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        stain_matrix.const_data_ptr<scalar_t>(), top.const_data_ptr<scalar_t>(), target.const_data_ptr<double>(),
+        target_top.const_data_ptr<double>(), n, out.mutable_data_ptr<scalar_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace histodd
 
-TORCH_LIBRARY_IMPL(histodd, CUDA, m) { m.impl("macenko_fit", histodd::macenko_fit); }
+TORCH_LIBRARY_IMPL(histodd, CUDA, m) {
+  m.impl("macenko_fit", histodd::macenko_fit);
+  m.impl("macenko_affine", histodd::macenko_affine);
+}

@@ -142,6 +142,41 @@ def pinv(stain_matrix: Tensor) -> Tensor:
     return inverse @ stain_matrix.mT
 
 
+def macenko_affine_reference(
+    stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor
+) -> Tensor:
+    """:func:`macenko_affine` in plain torch; differentiable in all four."""
+    target, target_top = target.to(stain_matrix), target_top.to(stain_matrix)
+    ratio = target_top / max_concentration.clamp(min=1e-6)
+    matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
+    return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
+
+
+def macenko_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor) -> Tensor:
+    """The map that gives patches with these fits the target's stains: ``[A|b]`` for :func:`stain_augment`.
+
+    A = target diag(target_top / max_concentration) pinv(stain_matrix), b = 0 (paper 3.1). Where a fit's status is not 0
+    the result has no meaning, and need not be finite.
+
+    Args:
+        stain_matrix: ``[N,3,2]`` float32 or float64, from :func:`macenko_fit`.
+        max_concentration: ``[N,2]``, of the same dtype.
+        target: ``[3,2]`` stain matrix of the target, columns haematoxylin and eosin.
+        target_top: ``[2]`` maximum concentrations of the target.
+
+    Returns:
+        ``[N,3,4]`` of the dtype of ``stain_matrix``. Where a gradient is wanted it is computed by the torch reference.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+    tensors = (stain_matrix, max_concentration, target, target_top)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if wants_gradient or not use_compiled(stain_matrix.device):
+        return macenko_affine_reference(*tensors)
+    return torch.ops.histodd.macenko_affine(stain_matrix, max_concentration, target.double(), target_top.double())
+
+
 def _checked(fit: tuple[Tensor, Tensor, Tensor], check: bool) -> tuple[Tensor, Tensor, Tensor]:
     if check:
         wrong = (fit[2] == OUT_OF_RANGE).nonzero().flatten().tolist()
@@ -236,5 +271,10 @@ def _fake(
     )
 
 
+def _fake_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor) -> Tensor:
+    return stain_matrix.new_empty((stain_matrix.shape[0], 3, 4))
+
+
 if build_info():
     torch.library.register_fake("histodd::macenko_fit", _fake)
+    torch.library.register_fake("histodd::macenko_affine", _fake_affine)

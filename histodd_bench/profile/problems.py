@@ -211,17 +211,19 @@ def only_fitting(image: Tensor) -> Tensor:
 
 def normalise_problems(image: Tensor) -> Iterator[Problem]:
     """Fit every patch and normalise it to the Macenko reference: what the public packages do."""
-    from histodd_bench.ops import macenko_fit_reference, stain_augment_reference
+    from histodd_bench.ops import macenko_affine_reference, macenko_fit_reference, stain_augment_reference
     from histodd_bench.ops.macenko_fit import OK
     from histodd_bench.stain import MacenkoNormalizer, StainTemplate
     from histodd_bench.stain_definitions import Definition
 
     image, template = only_fitting(image), StainTemplate()
+    target = template.tensors(image.device)
     few = slice(min(len(image), _COMPARED))
 
     def reference(x: Tensor) -> Tensor:
         stain_matrix, top, status = macenko_fit_reference(x)
-        return stain_augment_reference(x, template.affine(stain_matrix, top), valid=status == OK)
+        affine = macenko_affine_reference(stain_matrix, top, *target)
+        return stain_augment_reference(x, affine, valid=status == OK)
 
     def grey(out: Tensor) -> Tensor:
         return out[few].double() * 255

@@ -27,17 +27,22 @@ AUGMENTATION = ("augment, real", "fit, synthetic", "augment, synthetic", "augmen
 
 @dataclass(frozen=True)
 class Operators:
-    """The three operators, compiled or as references."""
+    """The operators, compiled or as references."""
 
     name: str
     stain_augment: Callable[..., Tensor]
     macenko_fit: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    macenko_affine: Callable[..., Tensor]
     gradient_distance: Callable[..., Tensor]
 
 
-COMPILED = Operators("compiled", ops.stain_augment, ops.macenko_fit, ops.gradient_distance)
+COMPILED = Operators("compiled", ops.stain_augment, ops.macenko_fit, ops.macenko_affine, ops.gradient_distance)
 REFERENCE = Operators(
-    "reference", ops.stain_augment_reference, ops.macenko_fit_reference, ops.gradient_distance_reference
+    "reference",
+    ops.stain_augment_reference,
+    ops.macenko_fit_reference,
+    ops.macenko_affine_reference,
+    ops.gradient_distance_reference,
 )
 
 
@@ -101,7 +106,7 @@ class Matching:
             wanted = [g.detach() for g in torch.autograd.grad(loss, self.parameters)]
         with clock("fit, synthetic"):
             stain_matrix, top, status = self.operators.macenko_fit(images.detach())
-            stain = self.preprocessing.template.affine(stain_matrix, top)
+            stain = self.operators.macenko_affine(stain_matrix, top, *self.preprocessing.template.tensors(images.device))
         with clock("augment, synthetic"):
             view = self.view(images, draw.warp, stain, status == OK)
         x = view.detach().requires_grad_(True)
