@@ -55,7 +55,7 @@ phase() {
   timeout --kill-after=5 "$limit" "$@" > "$WORK/output" 2>&1; code=$?
   cat "$WORK/output" >> "$LOG"
   case $code in 0) state=ok ;; 124 | 137) state="out of time" ;; *) state=failed ;; esac
-  last=$(grep -v '^[[:space:]]*$' "$WORK/output" | tail -n 1 | tr '\t' ' ' | cut -c1-90)
+  last=$(grep -v '^[[:space:]]*$' "$WORK/output" | tail -n 1 | sed "s#$RESULTS/##g; s#$WORK/##g" | tr '\t' ' ' | cut -c1-90)
   record "$name" "$state" $((SECONDS - start)) "$last"
   return $code
 }

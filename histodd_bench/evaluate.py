@@ -72,7 +72,7 @@ def evaluate(
         arch, num_classes=test.num_classes, image_size=test.image_size[0], width=width, generator_seed=seed
     ).to(device)
     if torch.device(device).type == "cpu" and not isinstance(model, ConvNetD3):
-        model = model.to(memory_format=torch.channels_last)  # up to 1.5x as fast there, ConvNet-D3 1.1x to 1.5x slower
+        model = model.to(memory_format=torch.channels_last)  # faster there; ConvNet-D3 is slower, see bench_pooling.py
     trainer = Trainer(model, patches, recipe, preprocessing, seed=seed, device=device)
     loss, saved = float("nan"), time.monotonic()
     if checkpoint is not None and checkpoint.exists():

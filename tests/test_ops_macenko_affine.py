@@ -49,6 +49,7 @@ def test_the_affine_map_of_strided_fits_and_of_concentrations_near_zero(device) 
     expected = macenko_affine(stain, top, target, target_top)
     strided = macenko_affine(stain.mT.contiguous().mT, top.T.contiguous().T, target.T.contiguous().T, target_top)
     assert torch.equal(strided, expected)
+    assert torch.equal(macenko_affine(stain, top, target.cpu(), target_top.cpu()), expected)  # moved
     single = target.float()  # converted
     assert torch.equal(
         macenko_affine(stain, top, single.double(), target_top), macenko_affine(stain, top, single, target_top)

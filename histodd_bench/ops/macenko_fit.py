@@ -161,7 +161,7 @@ def macenko_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tens
     Args:
         stain_matrix: ``[N,3,2]`` float32 or float64, from :func:`macenko_fit`.
         max_concentration: ``[N,2]``, of the same dtype.
-        target: ``[3,2]`` stain matrix of the target, columns haematoxylin and eosin.
+        target: ``[3,2]`` stain matrix of the target, columns haematoxylin and eosin; of any device and dtype.
         target_top: ``[2]`` maximum concentrations of the target.
 
     Returns:
@@ -174,7 +174,8 @@ def macenko_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tens
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if wants_gradient or not use_compiled(stain_matrix.device):
         return macenko_affine_reference(*tensors)
-    return torch.ops.histodd.macenko_affine(stain_matrix, max_concentration, target.double(), target_top.double())
+    target, target_top = (t.to(stain_matrix.device, torch.float64) for t in (target, target_top))
+    return torch.ops.histodd.macenko_affine(stain_matrix, max_concentration, target, target_top)
 
 
 def _checked(fit: tuple[Tensor, Tensor, Tensor], check: bool) -> tuple[Tensor, Tensor, Tensor]:
