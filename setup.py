@@ -139,7 +139,10 @@ def extension_arguments() -> dict:
                 record("")
 
     here = os.path.relpath(ROOT)
-    sources = [f"{here}/csrc/ops.cpp", *sorted(map(str, Path(here, "csrc/cpu").glob("*.cpp")))]
+    sources = [
+        *sorted(map(str, Path(here, "csrc").glob("*.cpp"))),
+        *sorted(map(str, Path(here, "csrc/cpu").glob("*.cpp"))),
+    ]
     sources = [os.path.normpath(s) for s in sources]
     version = re.search(r'__version__ = "(.+)"', (ROOT / "histodd_bench/__init__.py").read_text())[1]
     macros = [("HISTODD_VERSION", f'"{version}"')]

@@ -26,6 +26,16 @@ struct L1 {
     const T d = r - s;
     return g * (d > T(0) ? T(1) : (d < T(0) ? T(-1) : d));
   }
+  // The derivative in a byte, so that a backward pass need not read r and s again: its sign, and 2 for NaN.
+  template <typename T>
+  HISTODD_INLINE static int8_t sign(T r, T s) {
+    const T d = r - s;
+    return static_cast<int8_t>((d > T(0) ? 1 : 0) - (d < T(0) ? 1 : 0) + (d != d ? 2 : 0));
+  }
+  template <typename T>
+  HISTODD_INLINE static T vjp_of_sign(int8_t sign, T g) {
+    return sign == 2 ? T(NAN) : g * static_cast<T>(sign);
+  }
 };
 
 struct L2 {

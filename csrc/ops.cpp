@@ -28,6 +28,13 @@ TORCH_LIBRARY(histodd, m) {
       "gradient_distance_backward(Tensor grad, Tensor[] real, Tensor[] synthetic, str kind, bool per_layer, "
       "bool need_real, bool need_synthetic) -> (Tensor[], Tensor[])",
       {at::Tag::pt2_compliant_tag});
+  // L1 on the CPU where a derivative will be asked for: both passes together read the lists once.
+  m.def("gradient_distance_signs(Tensor[] real, Tensor[] synthetic, bool per_layer) -> (Tensor value, Tensor[] signs)",
+        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gradient_distance_signs_backward(Tensor grad, Tensor[] real, Tensor[] synthetic, Tensor[] signs, "
+      "bool per_layer, bool need_real, bool need_synthetic) -> (Tensor[], Tensor[])",
+      {at::Tag::pt2_compliant_tag});
 
   m.def(
       "stain_augment(Tensor image, Tensor? stain, Tensor? warp, Tensor? mean, Tensor? std, Tensor? valid, float io, "
@@ -39,11 +46,13 @@ TORCH_LIBRARY(histodd, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-// First-order derivatives come from Python (torch.library.register_autograd). The *_backward ops have none of their
-// own: without this registration a double backward would silently be zero, with it autograd raises.
+// First-order derivatives are in autograd.cpp. The *_backward ops have none of their own: without this registration a
+// double backward would silently be zero, with it autograd raises.
 TORCH_LIBRARY_IMPL(histodd, Autograd, m) {
   m.impl("macenko_fit", torch::autograd::autogradNotImplementedFallback());  // the fit is detached
   m.impl("macenko_affine", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gradient_distance_signs", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gradient_distance_signs_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gradient_distance_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("stain_augment_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -225,6 +225,36 @@ def test_opcheck(compiled, kind, per_layer):
         torch.library.opcheck(torch.ops.histodd.gradient_distance_backward.default, arguments)
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_signs_stand_for_the_lists(compiled, per_layer):
+    """What L1 keeps for its backward pass on a CPU: the signs of the differences, in a byte each."""
+    real, synthetic = lists([(3, 4), (5,), (0, 2), (40000,)], requires_grad=False)
+    real[1][2], real[0][1, 1] = torch.nan, synthetic[0][1, 1]
+    value, signs = torch.ops.histodd.gradient_distance_signs(real, synthetic, per_layer)
+    torch.testing.assert_close(
+        value, gradient_distance(real, synthetic, "l1", per_layer), rtol=0, atol=0, equal_nan=True
+    )
+    assert signs[0][1, 1] == 0 and signs[1][2] == 2
+    for r, s, sign in zip(real, synthetic, signs, strict=True):
+        known = ~r.isnan()
+        assert sign.dtype == torch.int8 and torch.equal(sign[known], torch.sign(r - s)[known].to(torch.int8))
+    grad = torch.linspace(0.5, 2, value.numel()).view(value.shape)
+    rest = (per_layer, True, True)
+    got = torch.ops.histodd.gradient_distance_signs_backward(grad, real, synthetic, signs, *rest)
+    expected = torch.ops.histodd.gradient_distance_backward(grad, real, synthetic, "l1", *rest)
+    for g, e in zip(got[0] + got[1], expected[0] + expected[1], strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
+    signs[1].clamp_(max=1)  # opcheck compares its results, and NaN equals nothing
+    real[1].nan_to_num_()
+    torch.library.opcheck(torch.ops.histodd.gradient_distance_signs.default, (real, synthetic, per_layer))
+    arguments = (grad, real, synthetic, signs, *rest)
+    torch.library.opcheck(torch.ops.histodd.gradient_distance_signs_backward.default, arguments)
+    with pytest.raises(ValueError, match="layer 0: signs are those of gradient_distance_signs"):
+        torch.ops.histodd.gradient_distance_signs_backward(grad, real, synthetic, real, *rest)
+    with pytest.raises(ValueError, match="signs for every layer, got 1 for 4"):
+        torch.ops.histodd.gradient_distance_signs_backward(grad, real, synthetic, signs[:1], *rest)
+
+
 def test_sides_and_layers_that_need_no_gradient_get_none(compiled):
     real, synthetic = lists([(3, 4), (5,)])
     real = [t.detach() for t in real]
@@ -240,7 +270,7 @@ def test_sides_and_layers_that_need_no_gradient_get_none(compiled):
 def test_double_backward_is_refused(compiled, kind):
     real, synthetic = lists([(3, 4)])
     (grad,) = torch.autograd.grad(gradient_distance(real, synthetic, kind), synthetic, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"derivative for histodd::gradient_distance_backward is not implemented"):
+    with pytest.raises(RuntimeError, match=r"derivative for histodd::gradient_distance\w*_backward is not implemented"):
         torch.autograd.grad(grad.square().sum(), synthetic)
 
 

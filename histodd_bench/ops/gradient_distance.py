@@ -1,7 +1,6 @@
 """Layer-wise distance between two lists of gradients (paper eq. 1)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,26 +104,24 @@ def _fake_backward(
     return like(real) if need_real else [], like(synthetic) if need_synthetic else []
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    real, synthetic, ctx.kind, ctx.per_layer = inputs
-    ctx.layers = len(real)
-    ctx.save_for_backward(*real, *synthetic)
+def _fake_signs(real: list[Tensor], synthetic: list[Tensor], per_layer: bool) -> tuple[Tensor, list[Tensor]]:
+    return _fake(real, synthetic, "l1", per_layer), [r.new_empty(r.shape, dtype=torch.int8) for r in real]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], list[Tensor | None], None, None]:
-    real, synthetic = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
-    needs = ctx.needs_input_grad[:2]
-    grads = torch.ops.histodd.gradient_distance_backward(
-        grad, real, synthetic, ctx.kind, ctx.per_layer, any(needs[0]), any(needs[1])
-    )
-    kept = [
-        [g if need else None for g, need in zip(g_list or [None] * ctx.layers, need_list, strict=True)]
-        for g_list, need_list in zip(grads, needs, strict=True)
-    ]
-    return kept[0], kept[1], None, None
+def _fake_signs_backward(
+    grad: Tensor,
+    real: list[Tensor],
+    synthetic: list[Tensor],
+    signs: list[Tensor],
+    per_layer: bool,
+    need_real: bool,
+    need_synthetic: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _fake_backward(grad, real, synthetic, "l1", per_layer, need_real, need_synthetic)
 
 
 if build_info():
     torch.library.register_fake("histodd::gradient_distance", _fake)
     torch.library.register_fake("histodd::gradient_distance_backward", _fake_backward)
-    torch.library.register_autograd("histodd::gradient_distance", _backward, setup_context=_setup_context)
+    torch.library.register_fake("histodd::gradient_distance_signs", _fake_signs)
+    torch.library.register_fake("histodd::gradient_distance_signs_backward", _fake_signs_backward)

@@ -4,8 +4,6 @@ Everything Macenko normalisation does to a pixel is one affine map of its optica
 whole augmentation is a bilinear gather, that map, and a channel mean and standard deviation.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -150,20 +148,6 @@ def _fake_backward(
     return grad_image, grad_stain
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    image, stain, warp, mean, std, valid, ctx.io = inputs[:7]
-    ctx.save_for_backward(image, stain, warp, mean, std, valid)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_image, need_stain = ctx.needs_input_grad[:2]
-    grad_image, grad_stain = torch.ops.histodd.stain_augment_backward(
-        grad, *ctx.saved_tensors, ctx.io, need_image, need_stain
-    )
-    return (grad_image if need_image else None, grad_stain if need_stain else None, *[None] * 7)
-
-
 if build_info():
     torch.library.register_fake("histodd::stain_augment", _fake)
     torch.library.register_fake("histodd::stain_augment_backward", _fake_backward)
-    torch.library.register_autograd("histodd::stain_augment", _backward, setup_context=_setup_context)
