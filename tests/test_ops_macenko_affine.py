@@ -82,5 +82,6 @@ def test_the_affine_map_opcheck_and_bad_input(compiled) -> None:
         ((stain, top, target[None], target_top), "target must be"),
         ((stain, top, target, target_top[:1]), "target_top must be"),
     ):
-        with pytest.raises(ValueError, match=words):
-            macenko_affine(*wrong)
+        for affine in (macenko_affine, macenko_affine_reference):
+            with pytest.raises(ValueError, match=words):
+                affine(*wrong)

@@ -170,6 +170,16 @@ def test_double_backward_is_refused(compiled, warped):
             torch.autograd.grad(g.square().sum(), x, retain_graph=True)
 
 
+def test_function_transforms_are_refused_and_the_reference_takes_them(compiled):
+    """Derivatives in C++ do not know torch.func; what matters is that they say so."""
+    image, stain = torch.full((1, 3, 2, 2), 0.4), torch.eye(3, 4)[None] * 0.9
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: stain_augment_op(x, stain).sum())(image)
+    leaf = image.clone().requires_grad_()
+    stain_augment_op(leaf, stain).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: stain_augment_reference(x, stain).sum())(image), leaf.grad)
+
+
 @pytest.mark.parametrize("warped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 def test_result_does_not_depend_on_threads(compiled, dtype, warped):

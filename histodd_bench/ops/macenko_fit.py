@@ -146,6 +146,19 @@ def macenko_affine_reference(
     stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor
 ) -> Tensor:
     """:func:`macenko_affine` in plain torch; differentiable in all four."""
+    n, dtype = len(stain_matrix), stain_matrix.dtype
+    for name, tensor, shape in (
+        ("stain_matrix", stain_matrix, (n, 3, 2)),
+        ("max_concentration", max_concentration, (n, 2)),
+        ("target", target, (3, 2)),
+        ("target_top", target_top, (2,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"stain_matrix has the wrong dtype, {dtype}")
+    if max_concentration.dtype != dtype:
+        raise ValueError(f"max_concentration has the wrong dtype, {max_concentration.dtype}")
     target, target_top = target.to(stain_matrix), target_top.to(stain_matrix)
     ratio = target_top / max_concentration.clamp(min=1e-6)
     matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
