@@ -1,6 +1,6 @@
-// First-order derivatives of the operators. In C++ because they are called for every batch: a derivative registered
-// from Python costs more than a tenth of a millisecond per call, the time of a whole pass over a small batch. The
-// *_backward operators have no derivative of their own, see ops.cpp.
+// First-order derivatives of the operators. In C++, not registered from Python, because they are called for every batch
+// and a small one takes no longer than what Python adds to a call (benchmarks/bench_calls.py). The *_backward operators
+// have no derivative of their own, see ops.cpp.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
