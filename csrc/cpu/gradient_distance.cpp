@@ -28,19 +28,19 @@ struct Unit {
 };
 
 struct Plan {
-  std::vector<at::Tensor> real, synthetic;  // contiguous
+  std::vector<at::Tensor> real, synthetic;  // contiguous where they are read
   std::vector<Unit> units;
   int64_t grain = 1;  // units per task
   at::ScalarType result = at::kFloat;
 };
 
-Plan make_plan(at::TensorList real, at::TensorList synthetic, Kind kind) {
+Plan make_plan(at::TensorList real, at::TensorList synthetic, Kind kind, bool read = true) {
   check_gradient_lists(real, synthetic);
   Plan plan;
   int64_t total = 0;
   for (size_t i = 0; i < real.size(); ++i) {
-    plan.real.push_back(real[i].contiguous());
-    plan.synthetic.push_back(synthetic[i].contiguous());
+    plan.real.push_back(read ? real[i].contiguous() : real[i]);
+    plan.synthetic.push_back(read ? synthetic[i].contiguous() : synthetic[i]);
     if (real[i].scalar_type() == at::kDouble) plan.result = at::kDouble;
     const int64_t numel = real[i].numel();
     if (numel == 0) continue;
@@ -269,7 +269,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gradient_distance_b
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> gradient_distance_signs_backward(
     const at::Tensor& grad, at::TensorList real, at::TensorList synthetic, at::TensorList signs, bool per_layer,
     bool need_real, bool need_synthetic) {
-  const Plan plan = make_plan(real, synthetic, Kind::kL1);
+  const Plan plan = make_plan(real, synthetic, Kind::kL1, /*read=*/false);
   TORCH_CHECK_VALUE(signs.size() == real.size(), "there must be signs for every layer, got ", signs.size(), " for ",
                     real.size());
   for (size_t i = 0; i < signs.size(); ++i) {
