@@ -1,6 +1,6 @@
 // First-order derivatives of the operators. In C++, not registered from Python, because they are called for every batch
-// and a small one takes no longer than what Python adds to a call (benchmarks/bench_calls.py). The *_backward operators
-// have no derivative of their own, see ops.cpp.
+// and small ones take microseconds (benchmarks/bench_calls.py times a call). The *_backward operators have no
+// derivative of their own, see ops.cpp.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
