@@ -168,9 +168,10 @@ def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase
         if getattr(method, "initial", "") == "matched":
             alike = [c for c in distilled.values() if (c.method, c.ipc) == (name, ipc)]
             sets = sum(getattr(experiment.method(name, ipc, c.changes), "augment", ()) == augment for c in alike)
-            draws = sets * max(method.start_patches // ipc, 1) * experiment.pool_recipe.networks
-            seconds = _draw_of_a_start(experiment, method, ipc)
-            phases.append(Phase(f"{name}: start, {ipc} per class{told}", "draw, 2 nets", seconds, draws))
+            largest = max(len(train.class_indices(label)) for label in range(train.num_classes))
+            patches = sets * min(max(method.start_patches, ipc), largest) * experiment.pool_recipe.networks
+            seconds = _patch_of_a_start(experiment, method)
+            phases.append(Phase(f"{name}: start, {ipc} per class{told}", "patch, 2 nets", seconds, patches))
     for arch, width in request.archs:
         report(f"evaluation on {arch}")
         own_cells = [c for c in todo if (c.arch, c.width) == (arch, width)]
@@ -206,9 +207,11 @@ def _inner_step(experiment: Experiment, method: Any, ipc: int) -> float:
     return _per_unit(experiment, ipc, lambda n: dataclasses.replace(method, outer_steps=1, inner_steps=n, **plain))
 
 
-def _draw_of_a_start(experiment: Experiment, method: Any, ipc: int) -> float:
-    """Seconds of scoring one draw of a matched start on two networks."""
-    return _per_unit(experiment, ipc, lambda n: dataclasses.replace(method, outer_steps=0, start_patches=n * ipc))
+def _patch_of_a_start(experiment: Experiment, method: Any) -> float:
+    """Seconds of looking at one patch of every class, for a matched start, with two networks."""
+    few = 8
+    method = dataclasses.replace(method, outer_steps=0, real_batch=3 * few)
+    return _per_unit(experiment, 1, lambda n: dataclasses.replace(method, start_patches=few * n)) / few
 
 
 def _per_unit(experiment: Experiment, ipc: int, method: Callable[[int], Any]) -> float:

@@ -197,13 +197,16 @@ def test_the_adaptive_step_does_not_know_the_size_of_the_gradients(pool: ModelPo
     assert (final("plain", 1.0) - final("plain", 0.1)).abs().max() > 1e-3
 
 
-def test_the_first_adaptive_step_has_the_size_of_its_learning_rate(pool: ModelPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ipc", "size"), [(2, 0.01), ((10, 2), 0.01), ((16, 2), 0.01 / 1.6**0.5)])
+def test_the_first_adaptive_step_has_the_size_of_its_learning_rate(
+    ipc: int | tuple[int, ...], size: float, pool: ModelPool, tmp_path: Path
+) -> None:
     method = dataclasses.replace(TINY, image_lr=0.01, image_decay=False)
-    run = histodd._Run(method, pool.train, 2, pool, 0, torch.device("cpu"), tmp_path)
+    run = histodd._Run(method, pool.train, ipc, pool, 0, torch.device("cpu"), tmp_path)
     run.images.fill_(0.5)
     rows = (run.labels == 0).nonzero().flatten()
     run.update_images(rows, 37 * torch.randn(run.images[rows].shape, generator=torch.Generator().manual_seed(0)))
-    assert (run.images[rows] - 0.5).square().mean().sqrt() == pytest.approx(0.01, rel=1e-4)
+    assert (run.images[rows] - 0.5).square().mean().sqrt() == pytest.approx(size, rel=1e-4)
     assert (run.images[run.labels == 1] == 0.5).all()
 
 

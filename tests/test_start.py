@@ -1,5 +1,6 @@
-"""The matched start: it is the closest of the draws, class by class, and what the default distillation begins with."""
+"""The matched start: patches whose gradients together are those of their class, and what the default distillation begins with."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from small_sets import two_classes
 from torch import Generator
 
 from histodd_bench.baselines.random import stratified_draw
+from histodd_bench.distill import start
 from histodd_bench.distill.histodd import HistoDD
 from histodd_bench.distill.networks import matched_parameters
-from histodd_bench.distill.start import matched_start
+from histodd_bench.distill.start import closest_subset
 from histodd_bench.models import ModelPool, PoolRecipe, build
 from histodd_bench.progress import Progress
 
@@ -23,36 +25,73 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> ModelPool:
     return ModelPool(two_classes(), recipe, cache=tmp_path_factory.mktemp("pool"))
 
 
-def test_every_class_gets_its_closest_draw(pool: ModelPool) -> None:
-    train, candidates, ipc = pool.train, 6, 3
+def distance(products: torch.Tensor, subset: torch.Tensor) -> float:
+    """Squared distance between the mean of a subset and the mean of all, from inner products."""
+    inside, across = products[subset][:, subset].mean(), products[subset].mean()
+    return float(inside - 2 * across + products.mean())
+
+
+def test_the_closest_subset_cannot_be_improved_by_an_exchange() -> None:
+    for seed in range(20):
+        vectors = torch.randn(12, 5, dtype=torch.float64, generator=Generator().manual_seed(seed)) + 1
+        products = vectors @ vectors.T
+        every = {c: distance(products, torch.tensor(c)) for c in itertools.combinations(range(12), 4)}
+        found = tuple(closest_subset(products, 4).tolist())
+        neighbours = [d for c, d in every.items() if len(set(c) & set(found)) == 3]
+        assert len(set(found)) == 4 and every[found] <= min(neighbours) + 1e-9
+        assert sorted(every.values()).index(every[found]) < 25  # of 495
+        assert closest_subset(products, 12).tolist() == list(range(12))
+        alone = (vectors - vectors.mean(0)).square().sum(1).argmin()
+        assert closest_subset(products, 1).tolist() == [int(alone)]
+
+
+def test_equal_patches_are_chosen_once_each() -> None:
+    products = torch.ones(6, 6, dtype=torch.float64)  # every subset is as good as any other
+    assert len(set(closest_subset(products, 4).tolist())) == 4
+    assert closest_subset(torch.zeros(3, 3, dtype=torch.float64), 2).tolist() == [0, 1]
+
+
+def mean_gradients(pool: ModelPool, networks: list[torch.nn.Module], indices: torch.Tensor) -> list[torch.Tensor]:
+    """Of every network, over patches of one class."""
+    x, y = pool.preprocessing(pool.train.images[indices]), pool.train.labels[indices]
+    found = []
+    for network in networks:
+        gradients = torch.autograd.grad(F.cross_entropy(network(x), y), matched_parameters(network, "weights"))
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    return found
+
+
+@pytest.mark.parametrize("coordinates", [65536, 64])
+def test_every_class_gets_patches_whose_gradients_are_close(
+    pool: ModelPool, coordinates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "COORDINATES", coordinates)
+    train, ipc = pool.train, 3
     size = train.image_size[0]
     networks = [build("convnet-d3", num_classes=2, image_size=size, width=4, generator_seed=s) for s in (5, 6)]
-    chosen = matched_start(
-        train, ipc, networks, Generator().manual_seed(3), preprocessing=pool.preprocessing, candidates=candidates,
-        match="weights", distance="l1",
-    )  # fmt: skip
+    chosen = start.matched_start(
+        train,
+        ipc,
+        networks,
+        Generator().manual_seed(3),
+        preprocessing=pool.preprocessing,
+        candidates=1000,
+        match="weights",
+    )
+    assert torch.equal(train.labels[chosen], torch.tensor([0, 0, 0, 1, 1, 1])) and len(chosen.unique()) == 6
 
-    # The same draws again, scored by hand; a class has fewer than 256 patches, so all of them are its real batch.
-    generator = Generator().manual_seed(3)
-    draws = [stratified_draw(train, ipc, generator) for _ in range(candidates)]
     for label in range(2):
-
-        def mean_gradient(indices: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
-            x, y = pool.preprocessing(train.images[indices]), train.labels[indices]
-            return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(network(x), y), matched_parameters(network, "weights"))])  # fmt: skip # noqa: E501
-
-        scores = torch.zeros(candidates)
-        for network in networks:
-            wanted = mean_gradient(train.class_indices(label), network)
-            own = torch.stack(
-                [(wanted - mean_gradient(d[train.labels[d] == label], network)).abs().sum() for d in draws]
-            )
-            scores += own / own.mean()
-        best = draws[int(scores.argmin())]
-        mine = chosen[train.labels[chosen] == label]
-        assert torch.equal(mine, best[train.labels[best] == label])
-        assert scores.max() > 1.02 * scores.min()  # the draws do differ
-    assert torch.equal(train.labels[chosen], torch.tensor([0, 0, 0, 1, 1, 1]))
+        members = train.class_indices(label)  # fewer than 1000: all are candidates
+        wanted = mean_gradients(pool, networks, members)
+        alone = [mean_gradients(pool, networks, i[None]) for i in members]
+        scales = [torch.stack([own[n].square().sum() for own in alone]).mean() for n in range(len(networks))]
+        generator = Generator().manual_seed(7)
+        draws = [members[torch.randperm(len(members), generator=generator)[:ipc]] for _ in range(100)]
+        far = []
+        for subset in (chosen[train.labels[chosen] == label], *draws):
+            found = mean_gradients(pool, networks, subset)
+            far.append(sum(float((a - b).square().sum() / s) for a, b, s in zip(wanted, found, scales, strict=True)))
+        assert sorted(far).index(far[0]) < (1 if coordinates == 65536 else 10)
 
 
 def _initial(method: HistoDD, pool: ModelPool, folder: Path, seed: int = 0) -> torch.Tensor:

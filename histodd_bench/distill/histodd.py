@@ -24,7 +24,7 @@ from histodd_bench.ops import gradient_distance
 from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing, fit_affine
 
-VERSION = 2  # raised when the same fields would give other images
+VERSION = 3  # raised when the same fields would give other images
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class HistoDD:
             The size of the summed distance depends on data set, class count, network and ipc; the adaptive step does not,
             and yet networks whose gradients differ much still move the images more than those whose gradients agree.
         image_lr: learning rate of the images. ``plain``: the paper's 0.5 or 5e-3. ``adaptive``: root mean square change
-            of a pixel in a typical step without momentum, in intensities of [0, 1].
+            of a pixel in a typical step without momentum, in intensities of [0, 1]; with more than 10 patches in a class
+            divided by sqrt(ipc / 10), since the gradient of n good patches is off by 1 / sqrt(n), so less must change.
         image_momentum: of the image update.
         image_decay: lower the learning rate to 0 along a half cosine over all K U steps.
         networks: drawn for the outer steps: ``pool``: one of the pre-trained networks, augmented (the paper's rule), or
@@ -55,9 +56,9 @@ class HistoDD:
         distance: Dis of eq. 1.
         match: parameters whose gradients are matched: ``weights`` of convolutions and linear layers, ``features``: the
             same without the classifier (as the public code has it), or ``all`` (norms and biases too).
-        initial: synthetic patches start as ``real`` ones, drawn stratified over slides; as the ``matched`` one of several
-            such draws, see :func:`~histodd_bench.distill.start.matched_start`; or as ``noise``.
-        start_patches: patches per class that a matched start looks at: this many divided by ipc is the number of draws.
+        initial: synthetic patches start as ``real`` ones, drawn stratified over slides; as ``matched`` ones, whose gradients
+            together come closest to their class's, see :func:`~histodd_bench.distill.start.matched_start`; or as ``noise``.
+        start_patches: patches per class that a matched start chooses from.
     """
 
     outer_steps: int = 20
@@ -174,12 +175,11 @@ class _Run:
             chosen = matched_start(
                 train,
                 self.budgets,
-                [network.train() for network in every],
+                every,
                 self.generator,
                 preprocessing=self.preprocessing,
-                candidates=max(method.start_patches // max(self.budgets), 1),
+                candidates=method.start_patches,
                 match=method.match,
-                distance=method.distance,
                 device=device,
                 progress=self.pool.progress,
             )
@@ -235,6 +235,7 @@ class _Run:
             self.square_sum[label] += gradient.square().mean()
             steps = -(-self.image_steps // len(self.present))  # of this class, this one included
             gradient = gradient / (self.square_sum[label] / steps).sqrt().clamp(min=1e-20)
+            rate /= math.sqrt(max(self.budgets[int(label)] / 10, 1))
         velocity = method.image_momentum * self.velocity[rows] + gradient
         self.velocity[rows] = velocity
         self.images[rows] = (self.images[rows] - rate * velocity).clamp_(0, 1)
