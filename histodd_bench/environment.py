@@ -1,5 +1,6 @@
 """Where results are computed: the device, its fixed settings, and generators that no other work can touch."""
 
+import ctypes
 import os
 import platform
 import random
@@ -31,12 +32,25 @@ def configure(device: str, threads: int) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}): 'doctor' lists the devices") from None
     torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     if found.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return found
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep memory that tensors gave back, up to 1 GiB, instead of returning it to the system.
+
+    Every step of training frees tensors of many megabytes and asks for them again; the system hands each page out anew,
+    zeroed. A step of matching on a CPU takes a third less time without that. Does nothing where the library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger tensors come straight from the system and go back at once
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
 
 
 @contextmanager

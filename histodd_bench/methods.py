@@ -68,6 +68,11 @@ METHODS: dict[str, MethodEntry] = {
         "Forgetting",
         "real patches most often forgotten while a network trains",
     ),
+    "gradmatch": MethodEntry(
+        "histodd_bench.baselines.gradmatch:GradMatch",
+        "Gradient match",
+        "real patches whose mean gradient is that of their class: what Histo-DD starts from",
+    ),
     "histodd": MethodEntry(
         "histodd_bench.distill.histodd:HistoDD",
         "Histo-DD",

@@ -64,7 +64,7 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     if "derived.epochs_to_pay" in {m.key for m in table.metrics}:
         notes.append(
             "Epochs after which it has paid for itself: making the set, its networks included, over the time it saves in every "
-            "epoch against the whole set. Networks shared by several sets are counted for each. Loading is timed alone, after "
+            "epoch against the whole set. What several sets share is counted for each. Loading is timed alone, after "
             "the training; peak memory is that of the device's allocator, on a CPU of the whole process."
         )
     if table.across == "archs":

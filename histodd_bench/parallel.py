@@ -15,7 +15,8 @@ Piece = int | MakeSet | tuple[Cell, ...]  # a network of the pool to train, a se
 
 
 def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], object] | None = None) -> list[Piece]:
-    """Work in the order it is handed out: networks of the pool, then cells with the longest first.
+    """Work in the order it is handed out: networks of the pool, then cells with the longest first, so that no worker is left
+    alone with a long piece at the end, and sets of one seed, which wait for the same gradients, do not begin together.
 
     Cells of one distilled set stay together; so do all coresets of one seed, since they share a trained network.
 
@@ -35,9 +36,7 @@ def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], objec
             key = ("coresets", cell.distill_seed)
         groups.setdefault(key, []).append(cell)
     synthetic = any(method_entry(c.method).synthetic for c in cells)
-    longest_first = sorted(
-        groups.values(), key=lambda g: (g[0].distill_seed or 0, -sum(math.inf if c.ipc is None else c.ipc for c in g))
-    )
+    longest_first = sorted(groups.values(), key=lambda g: -sum(math.inf if c.ipc is None else c.ipc for c in g))
     return [*range(networks if synthetic else 0), *(tuple(g) for g in longest_first)]
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,6 +95,10 @@ class SlidePool:
     def new(self, seed: int) -> nn.Module:
         """A newly initialised network of the pool's kind."""
         return self._pool.new(seed)
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` computes; a slide's is used once, so nothing is kept."""
+        return make()
 
     def fits(self) -> tuple[Tensor, Tensor]:
         """Stain fits of the slide's patches onto the training set's template."""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
+from histodd_bench.baselines.gradmatch import gradient_matched
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.distill.networks import augment_model, matched_parameters
-from histodd_bench.distill.start import matched_start
+from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import read_state, save_state, write_bytes, write_text
 from histodd_bench.models import ModelPool
@@ -24,7 +24,7 @@ from histodd_bench.ops import gradient_distance
 from histodd_bench.progress import Progress
 from histodd_bench.stain import Preprocessing, fit_affine
 
-VERSION = 3  # raised when the same fields would give other images
+VERSION = 4  # raised when the same fields would give other images
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class HistoDD:
         match: parameters whose gradients are matched: ``weights`` of convolutions and linear layers, ``features``: the
             same without the classifier (as the public code has it), or ``all`` (norms and biases too).
         initial: synthetic patches start as ``real`` ones, drawn stratified over slides; as ``matched`` ones, whose gradients
-            together come closest to their class's, see :func:`~histodd_bench.distill.start.matched_start`; or as ``noise``.
+            together come closest to their class's, see :func:`~histodd_bench.baselines.gradmatch.gradient_matched`; or as ``noise``.
         start_patches: patches per class that a matched start chooses from.
     """
 
@@ -164,24 +164,21 @@ class _Run:
         self.outer_step, self.image_steps = 0, 0
         self.history: list[dict[str, float]] = []
         if not self._resume((sum(self.budgets), 3, *train.image_size)):
-            self._begin()
+            self._begin(seed)
 
-    def _begin(self) -> None:
+    def _begin(self, seed: int) -> None:
         """Choose the patches to start from and save them."""
         method, train, device = self.method, self.train, self.device
         if method.initial == "matched":
-            every = [augment_model(self.pool.load(i), method.alpha, self.generator) for i in range(len(self.pool))]
-            every += [self.pool.new(draw_seed(self.generator)) for _ in range(len(self.pool))]
-            chosen = matched_start(
+            chosen = gradient_matched(
                 train,
                 self.budgets,
-                every,
-                self.generator,
-                preprocessing=self.preprocessing,
+                self.pool,
+                seed,
                 candidates=method.start_patches,
+                alpha=method.alpha,
                 match=method.match,
                 device=device,
-                progress=self.pool.progress,
             )
         else:
             chosen = stratified_draw(train, self.budgets, self.generator)
@@ -311,8 +308,3 @@ class _Run:
         n = len(self.labels)
         names = tuple(f"synthetic-{i}" for i in range(n))
         return PatchSet(self.images.cpu(), self.labels.cpu(), torch.arange(n), names, self.train.classes)
-
-
-def draw_seed(generator: Generator) -> int:
-    """A seed for a new network."""
-    return int(torch.randint(1 << 62, (1,), generator=generator))

@@ -20,6 +20,11 @@ def augment_model(network: nn.Module, alpha: float, generator: Generator) -> nn.
     return network
 
 
+def draw_seed(generator: Generator) -> int:
+    """A seed for a new network."""
+    return int(torch.randint(1 << 62, (1,), generator=generator))
+
+
 def matched_parameters(network: nn.Module, match: str) -> list[Tensor]:
     """Parameters whose gradients are matched, in network order: ``weights`` of convolutions and linear layers,
     ``features``: the same without the classifier, or ``all``."""

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,11 +53,11 @@ class PoolRecipe(TrainRecipe):
 
 @dataclass
 class Spent:
-    """Seconds of training behind the networks that a pool and its relatives have used.
+    """Seconds behind what a pool and its relatives share: training of the networks, and what :meth:`ModelPool.kept` keeps.
 
     Attributes:
-        total: over all epochs of the finished ones, whichever run trained them.
-        here: what this process spent on training, counted epoch by epoch.
+        total: over all that was used, whichever run made it.
+        here: what this process spent on it, training counted epoch by epoch.
     """
 
     total: float = 0.0
@@ -75,7 +76,7 @@ class ModelPool:
         preprocessing: of the training set; computed on first use by default.
 
     Attributes:
-        spent: seconds of training behind what :meth:`load` returned, shared with pools made by
+        spent: seconds behind what :meth:`load` and :meth:`kept` returned, shared with pools made by
             :meth:`with_recipe`.
     """
 
@@ -152,6 +153,32 @@ class ModelPool:
     def forgetting(self, i: int) -> "ForgettingCounts":
         """How often network ``i`` forgot each training patch while it was trained. Trained and cached on first use."""
         return ForgettingCounts(**self._state(i)["forgetting"])
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor computed from the training set with networks of the pool: made at the first call, then read.
+
+        Args:
+            name: of the file beside the networks; says all that the tensor depends on, apart from what :attr:`key` says.
+            make: computes it, the same at every call; what this takes counts in :attr:`spent`.
+        """
+        path = self.cache / self.key[:32] / f"{name}.pt"
+        begun, trained = time.perf_counter(), self.spent.here
+        state = _read(path)
+        if state is None:
+            with _alone(path, self.progress):
+                state = _read(path)
+                if state is None:
+                    start, before = time.perf_counter(), self.spent.here
+                    made = make().cpu()
+                    seconds = time.perf_counter() - start - (self.spent.here - before)
+                    state = {"value": made, "seconds": seconds}
+                    save_state(path, state)
+        if path not in self._counted:
+            self._counted.add(path)
+            self.spent.total += state["seconds"]
+        self.spent.here = trained + time.perf_counter() - begun  # waiting for another process included
+        value: Tensor = state["value"]
+        return value
 
     def prepare(self) -> None:
         """Train every network that is not in the cache."""

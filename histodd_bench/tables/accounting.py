@@ -14,7 +14,7 @@ COSTS = (
     Metric("of which computing, s", "seconds.computing", digits=3, times=True, spread=False),
     Metric("Peak memory while training, MiB", "memory.training", scale=2**-20, digits=0, spread=False),
     Metric("Selection / distillation time, s", "seconds.method", digits=1, spread=False),
-    Metric("Training of the networks that used, s", "seconds.networks", digits=1, spread=False),
+    Metric("Networks behind it and candidates' gradients, s", "seconds.networks", digits=1, spread=False),
     Metric("Peak memory of that, MiB", "memory.making", scale=2**-20, digits=0, spread=False),
     Metric("Epochs after which it has paid for itself", "derived.epochs_to_pay", digits=0, spread=False),
     Metric("Patches", "storage.count", digits=0, spread=False),

@@ -1,4 +1,4 @@
-"""The matched start: patches whose gradients together are those of their class, and what the default distillation begins with."""
+"""Patches whose gradients together are those of their class, and what the default distillation begins with."""
 
 import itertools
 from pathlib import Path
@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from small_sets import two_classes
 from torch import Generator
 
+from histodd_bench.baselines import gradmatch
+from histodd_bench.baselines.gradmatch import GradMatch, closest_subset, gradient_matched
 from histodd_bench.baselines.random import stratified_draw
-from histodd_bench.distill import start
 from histodd_bench.distill.histodd import HistoDD
-from histodd_bench.distill.networks import matched_parameters
-from histodd_bench.distill.start import closest_subset
-from histodd_bench.models import ModelPool, PoolRecipe, build
+from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
+from histodd_bench.errors import UsageError
+from histodd_bench.models import ModelPool, PoolRecipe
 from histodd_bench.progress import Progress
 
 
@@ -65,21 +66,16 @@ def mean_gradients(pool: ModelPool, networks: list[torch.nn.Module], indices: to
 def test_every_class_gets_patches_whose_gradients_are_close(
     pool: ModelPool, coordinates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "COORDINATES", coordinates)
+    monkeypatch.setattr(gradmatch, "COORDINATES", coordinates)
+    monkeypatch.setattr(gradmatch, "VERSION", f"test {coordinates}")  # the pool keeps the products
     train, ipc = pool.train, 3
-    size = train.image_size[0]
-    networks = [build("convnet-d3", num_classes=2, image_size=size, width=4, generator_seed=s) for s in (5, 6)]
-    chosen = start.matched_start(
-        train,
-        ipc,
-        networks,
-        Generator().manual_seed(3),
-        preprocessing=pool.preprocessing,
-        candidates=1000,
-        match="weights",
-    )
+    chosen = gradient_matched(train, ipc, pool, 3, candidates=1000, alpha=0.1, match="weights")
     assert torch.equal(train.labels[chosen], torch.tensor([0, 0, 0, 1, 1, 1])) and len(chosen.unique()) == 6
 
+    generator = Generator().manual_seed(3)
+    stratified_draw(train, [len(train.class_indices(label)) for label in range(2)], generator)
+    networks = [augment_model(pool.load(i), 0.1, generator) for i in range(2)]
+    networks += [pool.new(draw_seed(generator)) for _ in range(2)]
     for label in range(2):
         members = train.class_indices(label)  # fewer than 1000: all are candidates
         wanted = mean_gradients(pool, networks, members)
@@ -92,6 +88,37 @@ def test_every_class_gets_patches_whose_gradients_are_close(
             found = mean_gradients(pool, networks, subset)
             far.append(sum(float((a - b).square().sum() / s) for a, b, s in zip(wanted, found, scales, strict=True)))
         assert sorted(far).index(far[0]) < (1 if coordinates == 65536 else 10)
+
+
+def test_budgets_of_one_seed_share_what_was_computed_and_every_set_counts_it(tmp_path: Path) -> None:
+    recipe = PoolRecipe(arch="convnet-d3", width=4, networks=2, epochs=1, batch_size=16)
+
+    def choose(ipc: int, seed: int, cache: str) -> tuple[torch.Tensor, ModelPool]:
+        pool = ModelPool(two_classes(), recipe, cache=tmp_path / cache)
+        return gradient_matched(pool.train, ipc, pool, seed, candidates=9, alpha=0.1, match="weights"), pool
+
+    three, first = choose(3, 0, "a")
+    (kept,) = (tmp_path / "a").rglob("gradients-*.pt")
+    stamp = kept.stat().st_mtime_ns
+    five, second = choose(5, 0, "a")
+    assert kept.stat().st_mtime_ns == stamp and len(list((tmp_path / "a").rglob("gradients-*.pt"))) == 1
+    assert torch.equal(five, choose(5, 0, "b")[0]), "the same as alone"
+    assert len(three) == 6 and len(five.unique()) == 10
+    training = ModelPool(two_classes(), recipe, cache=tmp_path / "a")
+    training.prepare()
+    assert first.spent.total == second.spent.total > training.spent.total, "shared work counts for every set"
+    assert first.spent.here > first.spent.total > second.spent.here
+    choose(5, 1, "a")
+    assert len(list((tmp_path / "a").rglob("gradients-*.pt"))) == 2
+
+
+def test_the_coreset_is_where_distillation_starts(pool: ModelPool, tmp_path: Path) -> None:
+    coreset = GradMatch(candidates=12)(pool.train, 3, pool, 0, workdir=tmp_path, progress=Progress.silent())
+    assert coreset.images.dtype == torch.uint8 and coreset.class_counts() == [3, 3]
+    started = _initial(HistoDD(outer_steps=0, start_patches=12), pool, tmp_path / "a")
+    assert torch.equal(started, coreset.float_batch(slice(None)))
+    with pytest.raises(UsageError, match="candidates must be at least 1"):
+        GradMatch(candidates=0)
 
 
 def _initial(method: HistoDD, pool: ModelPool, folder: Path, seed: int = 0) -> torch.Tensor:
