@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
@@ -20,6 +22,7 @@ from histodd_bench.progress import Progress
 
 VERSION = 1  # raised when the same fields would give other patches
 COORDINATES = 65536  # of a network's gradient that are looked at, drawn at random where it has more
+AT_ONCE = 1 << 26  # numbers in the gradients of as many patches as go through a network together
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,24 @@ def _coordinates(parameters: list[Tensor], generator: Generator) -> Tensor | Non
     return torch.randperm(total, generator=generator)[:COORDINATES] if total > COORDINATES else None
 
 
+@torch.no_grad()  # no graph of parameters that are not matched; grad() below is not affected
 def _gradients(network: nn.Module, parameters: list[Tensor], x: Tensor, label: int, kept: Tensor | None) -> Tensor:
     """Every patch's own gradient ``[N,D]``, or its coordinates ``kept``."""
     target = torch.full((1,), label, device=x.device)
     kept = None if kept is None else kept.to(x.device)
+    names = {id(p): name for name, p in network.named_parameters()}
+    matched = {names[id(p)]: p.detach() for p in parameters}
+
+    def loss(matched: dict[str, Tensor], patch: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(network, matched, (patch[None],)), target)
+
     rows = []
-    for patch in x:  # one after the other: patches of one batch would share a gradient
-        loss = F.cross_entropy(network(patch[None]), target)
-        row = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-        rows.append(row if kept is None else row[kept])
-    return torch.stack(rows)
+    for patches in x.split(max(1, min(32, AT_ONCE // sum(p.numel() for p in parameters)))):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no batching rule
+            gradients = vmap(grad(loss), in_dims=(None, 0))(matched, patches)
+        row = torch.cat([gradients[name].flatten(1) for name in matched], dim=1)
+        rows.append(row if kept is None else row[:, kept])
+    return torch.cat(rows)
 
 
 def _relative_products(vectors: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.distill.histodd import HistoDD
 from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
 from histodd_bench.errors import UsageError
-from histodd_bench.models import ModelPool, PoolRecipe
+from histodd_bench.models import ModelPool, PoolRecipe, build
+from histodd_bench.models.registry import MODELS
 from histodd_bench.progress import Progress
 
 
@@ -50,6 +51,32 @@ def test_equal_patches_are_chosen_once_each() -> None:
     products = torch.ones(6, 6, dtype=torch.float64)  # every subset is as good as any other
     assert len(set(closest_subset(products, 4).tolist())) == 4
     assert closest_subset(torch.zeros(3, 3, dtype=torch.float64), 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("match", ["weights", "all"])
+@pytest.mark.parametrize("arch", list(MODELS))
+def test_gradients_of_patches_that_share_a_batch_are_their_own(
+    arch: str, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator().manual_seed(0)
+    width = {"densenet121": 2, "vit": 12}.get(arch, 4)
+    network = build(arch, num_classes=3, image_size=17, width=width, generator_seed=0).double().eval()
+    for buffer in network.buffers():  # batch norm of other statistics than 0 and 1
+        if buffer.is_floating_point():
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(5, 3, 17, 17, generator=generator, dtype=torch.float64)
+    parameters = matched_parameters(network, match)
+    own = []
+    for patch in x:
+        loss = F.cross_entropy(network(patch[None]), torch.tensor([2]))
+        own.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    for at_once in (1 << 26, 2 * len(own[0])):  # all five together, and two by two
+        monkeypatch.setattr(gradmatch, "AT_ONCE", at_once)
+        found = gradmatch._gradients(network, parameters, x, 2, None)
+        torch.testing.assert_close(found, torch.stack(own), rtol=1e-7, atol=1e-11)
+    kept = torch.tensor([3, 0])
+    assert torch.equal(gradmatch._gradients(network, parameters, x, 2, kept), found[:, kept])
+    assert not found.requires_grad
 
 
 def mean_gradients(pool: ModelPool, networks: list[torch.nn.Module], indices: torch.Tensor) -> list[torch.Tensor]:

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 
 
 class _Halve(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.odd = (x.shape[2] % 2, x.shape[3] % 2)
+    def forward(x: Tensor) -> Tensor:
         channels = x.shape[1]
         return F.conv2d(x, x.new_full((channels, 1, 2, 2), 0.25), stride=2, groups=channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        (x,) = inputs
+        ctx.odd = (x.shape[2] % 2, x.shape[3] % 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -20,11 +26,17 @@ class _Halve(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):  # the transposed map
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, odd: tuple[int, int]) -> Tensor:
+    def forward(x: Tensor, odd: tuple[int, int]) -> Tensor:
         n, c, h, w = x.shape
         wide = (0.25 * x)[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
         return F.pad(wide, (0, odd[1], 0, odd[0])) if any(odd) else wide
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
