@@ -241,6 +241,24 @@ HISTODD_HD Plane principal_plane(const Moments& m, bool sign_by_first) {
   return plane;
 }
 
+// The left inverse of a 3 x 2 matrix, times the determinant of its Gram matrix, which is returned.
+template <typename T>
+HISTODD_HD double left_inverse(const T* matrix, double (&rows)[2][3]) {
+  double a = 0, b = 0, d = 0;
+  for (int i = 0; i < 3; ++i) {
+    const double h = matrix[2 * i], e = matrix[2 * i + 1];
+    a += h * h;
+    b += h * e;
+    d += e * e;
+  }
+  for (int i = 0; i < 3; ++i) {
+    const double h = matrix[2 * i], e = matrix[2 * i + 1];
+    rows[0][i] = d * h - b * e;
+    rows[1][i] = a * e - b * h;
+  }
+  return a * d - b * b;
+}
+
 // Unit stain vectors, their left inverse, and whether they are too close to each other to have one.
 struct Stains {
   double matrix[3][2], inverse[2][3];
@@ -261,17 +279,11 @@ HISTODD_HD Stains stain_vectors(const Plane& plane, double low_angle, double hig
       out.matrix[i][1] = swap;
     }
   }
-  double a = 0, b = 0, d = 0;
-  for (int i = 0; i < 3; ++i) {
-    a += out.matrix[i][0] * out.matrix[i][0];
-    b += out.matrix[i][0] * out.matrix[i][1];
-    d += out.matrix[i][1] * out.matrix[i][1];
-  }
-  const double determinant = a * d - b * b;
+  const double determinant = left_inverse(&out.matrix[0][0], out.inverse);
   out.degenerate = !(determinant >= 1e-6);
   for (int i = 0; i < 3; ++i) {
-    out.inverse[0][i] = (d * out.matrix[i][0] - b * out.matrix[i][1]) / determinant;
-    out.inverse[1][i] = (a * out.matrix[i][1] - b * out.matrix[i][0]) / determinant;
+    out.inverse[0][i] /= determinant;
+    out.inverse[1][i] /= determinant;
   }
   return out;
 }
@@ -350,20 +362,13 @@ HISTODD_HD Fit finished_fit(const Stains& stains, const Tails& tops, int64_t pix
 // Stain matrices are 3 x 2. Stains without a left inverse give NaN or infinity.
 template <typename T>
 HISTODD_HD void affine_onto(const T* stain, const T* top, const double* target, const double* target_top, T* out) {
-  double a = 0, b = 0, d = 0, ratio[2];
-  for (int i = 0; i < 3; ++i) {
-    const double h = stain[2 * i], e = stain[2 * i + 1];
-    a += h * h;
-    b += h * e;
-    d += e * e;
-  }
-  const double determinant = a * d - b * b;
+  double rows[2][3], ratio[2];
+  const double determinant = left_inverse(stain, rows);
   for (int k = 0; k < 2; ++k) {
     ratio[k] = target_top[k] / (top[k] < 1e-6 ? 1e-6 : static_cast<double>(top[k])) / determinant;
   }
   for (int j = 0; j < 3; ++j) {
-    const double h = stain[2 * j], e = stain[2 * j + 1];
-    const double first = ratio[0] * (d * h - b * e), second = ratio[1] * (a * e - b * h);
+    const double first = ratio[0] * rows[0][j], second = ratio[1] * rows[1][j];
     for (int i = 0; i < 3; ++i) out[4 * i + j] = static_cast<T>(target[2 * i] * first + target[2 * i + 1] * second);
     out[4 * j + 3] = 0;
   }
