@@ -11,7 +11,6 @@ from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
 from histodd_bench.training import predict
 
-VERSION = 2  # raised when the same fields would give other patches
 _READ = 1024  # patches in memory at once
 _CHUNK = 16384  # features summed in double precision at once
 
@@ -20,8 +19,8 @@ _CHUNK = 16384  # features summed in double precision at once
 class Herding:
     """Greedy selection in the feature space of a network trained on the whole training set.
 
-    The network is number ``seed`` of a pool that differs from the distiller's in the fields below, and in that
-    classes are drawn in their natural proportions. So each seed has a network of its own and shares it with
+    The network is number ``seed`` of a pool that differs from the distiller's in the fields below alone, so
+    each seed has a network of its own and shares it with
     :class:`~histodd_bench.baselines.forgetting.Forgetting` where fields agree. Features are the input of its
     last linear layer, not normalised, of patches without augmentation; stains are normalised where the recipe
     does so at test.
@@ -57,7 +56,7 @@ class Herding:
             HistoddError: a class has fewer than ``ipc`` patches; training diverged.
         """
         train.require(ipc)
-        own = pool.with_recipe(arch=self.arch, width=self.width, epochs=self.epochs, networks=seed + 1, balanced=False)
+        own = pool.with_recipe(arch=self.arch, width=self.width, epochs=self.epochs, networks=seed + 1)
         network, stain = own.load(seed), own.recipe.stain_test
         chosen = []
         with progress.task(f"Herding {ipc} per class, seed {seed}", len(train)) as task:

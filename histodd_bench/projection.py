@@ -136,8 +136,11 @@ def _phases(experiment: Experiment, report: Callable[[str], None]) -> list[Phase
     for name in request.methods:
         if {"arch", "epochs"} <= fields[name]:
             method = experiment.method(name, request.ipc[0])
-            fixed = {"epochs": method.epochs, "steps": None, "balanced": False}
-            own = dataclasses.replace(experiment.pool_recipe, arch=method.arch, width=method.width, **fixed)
+            own = dataclasses.replace(
+                experiment.pool_recipe, arch=method.arch, width=method.width, epochs=method.epochs, steps=None
+            )
+            if name == "forgetting":
+                own = dataclasses.replace(own, balanced=False)
             if own in seen:
                 continue
             seen.add(own)

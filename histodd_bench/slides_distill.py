@@ -246,7 +246,7 @@ class SlideDistiller:
         if job.seed not in self._networks:
             fields: Herding = self.method(job.ipc)
             own = self.experiment.pool().with_recipe(
-                arch=fields.arch, width=fields.width, epochs=fields.epochs, networks=job.seed + 1, balanced=False
+                arch=fields.arch, width=fields.width, epochs=fields.epochs, networks=job.seed + 1
             )
             self._networks[job.seed] = own.load(job.seed), own.recipe.stain_test
         return self._networks[job.seed]
