@@ -12,7 +12,7 @@ import pandas as pd
 from histodd_bench import bootstrap, results
 from histodd_bench.files import plain
 from histodd_bench.grid import Cell, Grid, Interval, Row, Value, network, shown, value
-from histodd_bench.methods import all_methods
+from histodd_bench.methods import all_methods, method_entry
 from histodd_bench.notes import notes
 from histodd_bench.results import Record
 from histodd_bench.tables import Metric, SlideTable, Table, Times
@@ -142,7 +142,7 @@ class _Builder:
         part[name] = part[name].where(labels == "", part[name] + " (" + labels + ")")
 
     def _labels(self, name: str) -> list[str]:
-        """Rows or columns in order: as declared, each with its variants, then others."""
+        """Rows or columns in order: as declared, each with its variants, then others, the whole training set last."""
         present = list(dict.fromkeys(self.part[name]))
         if self.archs:
             if name == "title":
@@ -159,7 +159,10 @@ class _Builder:
         ordered: list[str] = []
         for title in dict.fromkeys(declared):
             ordered += sorted(t for t in present if plain[t] == title) or [title]
-        return ordered + sorted(t for t in present if t not in ordered)
+        whole = {c.title for c in self.table.columns if method_entry(c.method).whole}
+        last = [t for t in ordered if plain.get(t, t) in whole]
+        first = [t for t in ordered if t not in last]
+        return first + sorted(t for t in present if t not in ordered) + last
 
     def grid(self) -> Grid:
         config, data = self.first["config"], self.first["data"]
