@@ -76,7 +76,7 @@ def duration(seconds: float) -> str:
 
 def _known(name: str) -> bool:
     fields = {f.name for f in dataclasses.fields(method_entry(name).cls)}
-    return name in ("random", "full") or {"arch", "epochs"} <= fields or {"outer_steps", "inner_steps"} <= fields
+    return name in ("random", "full", "gradmatch") or {"arch", "epochs"} <= fields or {"outer_steps", "inner_steps"} <= fields
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> float:
