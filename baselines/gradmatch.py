@@ -20,7 +20,7 @@ from histodd_bench.files import digest
 from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
 
-VERSION = 1  # raised when the same fields would give other patches
+VERSION = 1  # raised, and Histo-DD's with it, when the same fields would give other patches
 COORDINATES = 65536  # of a network's gradient that are looked at, drawn at random where it has more
 AT_ONCE = 1 << 26  # numbers in the gradients of as many patches as go through a network together
 
@@ -87,7 +87,7 @@ def gradient_matched(
     keeps them: sets of several sizes share them.
 
     Args:
-        pool: its networks are used in evaluation mode, since every patch is looked at on its own.
+        pool: gives its networks in evaluation mode, so that every patch is looked at on its own.
         candidates: per class (fewer where the class has fewer); memory grows with the square, time in proportion.
         alpha: strength of the model augmentation of the pool's networks (eq. 3).
         match: which parameters, see :class:`~histodd_bench.distill.histodd.HistoDD`.
@@ -111,11 +111,11 @@ def gradient_matched(
         total = [torch.zeros(n, n, dtype=torch.float64) for n in counts]
         with pool.progress.task(title, sum(n > 0 for n in counts) * len(networks)) as task:
             for network in networks:
-                parameters = matched_parameters(network.eval(), match)
-                kept = _coordinates(parameters, generator)
+                parameters = matched_parameters(network, match)
+                coordinates = _coordinates(parameters, generator)
                 for label in [label for label, n in enumerate(counts) if n]:
                     x = pool.preprocessing(train.images[members[label]].to(device))
-                    gradients = _gradients(network, parameters, x, label, kept)
+                    gradients = _gradients(network, parameters, x, label, coordinates)
                     total[label] += _relative_products(gradients).cpu()
                     task.advance()
         return torch.cat([t.flatten() for t in total]).float()

@@ -45,8 +45,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep memory that tensors gave back, up to 1 GiB, instead of returning it to the system.
 
     Every step of training frees tensors of many megabytes and asks for them again; the system hands each page out anew,
-    zeroed, wherever such a tensor lay at the end of the heap. What that costs depends on what else lies there: between nothing
-    and a third of a step. Does nothing where the library is not glibc.
+    zeroed, wherever such a tensor lay at the end of the heap. Does nothing where the library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:

@@ -16,7 +16,7 @@ Piece = int | MakeSet | tuple[Cell, ...]  # a network of the pool to train, a se
 
 def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], object] | None = None) -> list[Piece]:
     """Work in the order it is handed out: networks of the pool, then cells with the longest first, so that no worker is left
-    alone with a long piece at the end, and sets of one seed, which wait for the same gradients, do not begin together.
+    alone with a long piece at the end.
 
     Cells of one distilled set stay together; so do all coresets of one seed, since they share a trained network.
 

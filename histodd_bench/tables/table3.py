@@ -5,7 +5,7 @@ from histodd_bench.tables import accounting
 from histodd_bench.tables.declaration import Table
 from histodd_bench.tables.table1 import COLUMNS as TABLE1
 
-COLUMNS = tuple(c for c in TABLE1 if c.method != "forgetting")  # the weakest with few patches, and a fifth of the time
+COLUMNS = tuple(c for c in TABLE1 if c.method != "forgetting")  # far the weakest with few patches
 
 TABLE = Table(
     name="table3",
