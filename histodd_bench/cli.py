@@ -14,19 +14,13 @@ from histodd_bench.files import cache_folder
 from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
 from histodd_bench.sharing_cli import run_export, run_import, run_leakage
+from histodd_bench.workers import MOST_WORKERS, cores
 
 if TYPE_CHECKING:
     from histodd_bench.experiment import Request
     from histodd_bench.tables import Table
 
 FORMATS = ("rich", "markdown", "latex", "csv", "json")
-
-
-MOST_WORKERS = 8  # by default: every process holds torch and its own batches
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _data_roots(given: "Sequence[str]", names: "Sequence[str]") -> dict[str, Path | None]:
@@ -78,6 +72,7 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     distill = presets.parse_arch(args.distill_arch or preset.distill_arch, preset.widths)
     overrides, image_size = presets.parse_overrides(args.settings), args.image_size or preset.image_size
     presets.check_recipes(overrides, distill[0])
+    threads = args.threads or min(options.get("threads") or preset.threads, cores())
     slides = SlideOptions(workers=args.workers)
     if isinstance(table, SlideTable):
         from histodd_bench.mil.requirements import check_request
@@ -98,13 +93,13 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
             eval_seeds=args.eval_seeds or options.get("eval_seeds") or preset.eval_seeds,
             image_size=image_size,
             stain=stain,
-            threads=args.threads or min(options.get("threads") or preset.threads, _cores()),
+            threads=threads,
             device=args.device,
             out=out,
             cache=cache_folder(),
             data_root=roots[name],
             split_seed=args.split_seed,
-            workers=args.workers or min(_cores(), MOST_WORKERS),
+            workers=args.workers or max(1, min(cores() // threads, MOST_WORKERS)),
             overrides=overrides,
             columns=table.columns if table else (),
             slides=slides,
@@ -325,7 +320,7 @@ def _data(args: argparse.Namespace) -> int:
     from histodd_bench.data_commands import run
 
     # One more than cores: a worker waits for the disk at the end of every slide.
-    args.workers = getattr(args, "workers", None) or min(_cores() + 1, MOST_WORKERS)
+    args.workers = getattr(args, "workers", None) or min(cores() + 1, MOST_WORKERS)
     return run(args)
 
 
@@ -339,7 +334,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _profile(args: argparse.Namespace) -> int:
     from histodd_bench.profile.command import run_profile
 
-    return run_profile(args, _cores())
+    return run_profile(args, cores())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -142,7 +142,7 @@ def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()
     )
     how.add_argument(
         "--workers", type=count, metavar="N",
-        help="processes that compute cells on a CPU, each with --threads threads, and read files (default: one per core)",
+        help="processes that compute cells on a CPU, each with --threads threads, and read files (default: as many as have cores)",
     )  # fmt: skip
     how.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table or command>)")
     if "dry_run" not in without:

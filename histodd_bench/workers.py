@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import traceback
@@ -13,10 +14,16 @@ from typing import Any
 
 from histodd_bench.errors import HistoddError
 
+MOST_WORKERS = 8  # by default: every process holds torch and its own batches
 _PR_SET_PDEATHSIG = 1
 
 Report = Callable[[Any], None]
 Opener = Callable[..., Callable[[Any], Any]]  # (*arguments, report) -> function that does one job
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_workers(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 from tiny_project import OPTIONS, command, environment, program, without, write_imagefolder
 
-from histodd_bench import cli, presets
+from histodd_bench import cli, presets, projection
 from histodd_bench.errors import UsageError
 from histodd_bench.models import MODELS
+from histodd_bench.options import make_parser
+from histodd_bench.tables import TABLES
 from histodd_bench.training import EvalRecipe, TrainRecipe
+from histodd_bench.workers import cores
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +292,28 @@ def test_dry_run_projects_every_phase_and_leaves_nothing(
     ):
         assert phase in out
     assert not (tmp_path / "out").exists()
+
+
+def test_slow_phases_are_timed_once_and_still_counted(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "_SLOW", 0.0)
+    code, out, err = run(capsys, *command(tiny["data"], tmp_path / "out", "--dry-run"))
+    assert code == 0, err
+    phases = re.findall(r"([\d.e-]+) s per .* x +([\d,]+) =", out)
+    assert len(phases) >= 5 and all(float(seconds) > 0 and count != "0" for seconds, count in phases)
+
+
+def test_processes_do_not_share_cores(tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default none is started that would have to, and a projection does not count on those that do."""
+    parser = make_parser(cli.COMMANDS)
+    for preset in presets.PRESETS:
+        (request,) = cli.make_requests(parser.parse_args(["run", "table1", "--preset", preset]), TABLES["table1"], tmp_path)
+        assert request.workers == 1 or request.workers * request.threads <= cores()
+    projected = command(tiny["data"], tmp_path / "out", "--dry-run", "--threads", str(cores()), "--workers", "2")
+    code, out, err = run(capsys, *projected)
+    assert code == 0, err
+    assert "projected total" in out and "processes" not in out
 
 
 def test_a_plugged_in_method_runs(tiny: dict[str, Path], tmp_path: Path) -> None:
