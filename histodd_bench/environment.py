@@ -49,7 +49,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger tensors come straight from the system and go back at once
+        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: larger tensors come straight from the system and go back at once
+            mallopt(-3, 1 << 25)  # older versions take no more
         mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
 
 
