@@ -151,7 +151,7 @@ else
       --seconds 0.1 --backends compiled,reference,loop --device cpu --threads 1 --out "$RESULTS/profile.json"
     phase step 60 "$PYTHON" -m histodd_bench profile step --quick --seconds 0.1 --device cpu --threads 1 --out "$RESULTS/step.json"
   else
-    phase profile 120 bash -c 'profile profile "${SHAPES:-64x64,16x256,256x256}" "compiled,reference,plain,loop"'
+    phase profile 160 bash -c 'profile profile "${SHAPES:-64x64,16x256,256x256}" "compiled,reference,plain,loop"'
     phase step 60 "$PYTHON" -m histodd_bench profile step --device cuda --out "$RESULTS/step.json"
     phase memcheck 60 bash -c "sanitizer memcheck"
     phase racecheck 60 bash -c "sanitizer racecheck"
