@@ -63,7 +63,8 @@ def resolve_stain(experiment: "Experiment") -> StainPolicy:
             cache=request.cache / "choices",
             progress=experiment.progress,
         )
-        chosen = f"auto: chosen on training slides only, {choice.n} splits, balanced accuracy of {arch}"
+        rule = f"off unless another leads by two standard errors over {choice.n} splits"
+        chosen = f"auto: chosen on training slides only, {rule}; balanced accuracy of {arch}"
         policy = StainPolicy(*STAIN_POLICIES[choice.name], chosen=chosen, scores=choice.scores)
     named = {name.removeprefix("stain_"): fields[name] for name in ("stain_train", "stain_test") if name in fields}
     return dataclasses.replace(policy, **named)
