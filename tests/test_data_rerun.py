@@ -70,24 +70,38 @@ def test_a_changed_slide_is_read_again_and_no_other(slide_project: Path, tmp_pat
     assert fingerprints(tmp_path / "out") == before
 
 
-def test_a_killed_extraction_goes_on(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:
-    big = tmp_path / "big"
-    shutil.copytree(slide_project, big)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(big), "--out", str(out),
-               "--image-size", "64", "--workers", "1"]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=environment(tmp_path / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(out.glob("slides/*/meta.json")):
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    finished = len([p for p in out.glob("slides/*/meta.json") if ".partial" not in str(p)])
-    assert finished >= 1 and not (out / "dataset.json").exists(), "killed in the middle"
-    outcome = prepared(big, out)
-    assert outcome.new == 6 - finished
+KILLED = """
+import os, signal, sys
+from histodd_bench import cli
+
+left, replace = int(sys.argv.pop(1)), os.replace
+
+def kill_at_call(made, path):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(made, path)
+
+os.replace = kill_at_call
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_extraction_killed_at_any_moment_goes_on(
+    slide_project: Path, prepared_project: Path, tmp_path: Path
+) -> None:
+    """Killed before a file or folder takes its name: in the second slide, in the last, and while the shards are joined."""
+    out, finished = tmp_path / "out", []
+    command = ["data", "prepare", "slides", "--root", str(slide_project), "--out", str(out), "--image-size", "64"]
+    for moment in ("5", "9", "6"):  # every process goes on where the one before it was killed
+        killed = subprocess.run([sys.executable, "-c", KILLED, moment, *command, "--workers", "1"],
+                                env=environment(tmp_path / "cache"), capture_output=True, text=True)  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (out / "dataset.json").exists()
+        finished.append(len([p for p in out.glob("slides/*/meta.json") if ".partial" not in str(p)]))
+    assert finished == [1, 5, 6]
+    assert prepared(slide_project, out).new == 0
     assert fingerprints(out) == fingerprints(prepared_project)
     assert not list(out.rglob("*.partial")) and not list(out.rglob("*.lock"))[1:]
 
@@ -96,7 +110,8 @@ def test_ctrl_c_ends_all_workers(slide_project: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "histodd_bench", "data", "prepare", "slides", "--root", str(slide_project), "--out",
                str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
     process = subprocess.Popen(command, env=environment(tmp_path / "cache"), stderr=subprocess.PIPE, text=True)
-    time.sleep(1.0)
+    while process.poll() is None and not (tmp_path / "out").exists():
+        time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 or "ready" in text
