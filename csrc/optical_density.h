@@ -70,6 +70,9 @@ struct Exponents {
   S low = sizeof(S) == 4 ? -126 : -1022, high = 0;
 };
 
+// 2^f for f in [-1/2, 1/2], minimax; kExp2[0] is 1 so that 2^0 is and nothing exceeds it.
+constexpr float kExp2[6] = {1.0f, 0.693146978f, 0.240222424f, 0.05550733464f, 0.009671497995f, 0.001326475415f};
+
 // 2^e, with e clamped; NaN stays NaN.
 HISTODD_INLINE float exp2_of(float e, const Exponents<float>& range) {
 #ifdef __CUDA_ARCH__
@@ -86,12 +89,12 @@ HISTODD_INLINE float exp2_of(float e, const Exponents<float>& range) {
   e = range.low > e ? range.low : e;
   const float t = e + 12582912.0f;  // 1.5 * 2^23: the nearest integer lands in the lowest bits
   const float f = e - (t - 12582912.0f);
-  float p = 0.001326475415f;
-  p = p * f + 0.009671497995f;
-  p = p * f + 0.05550733464f;
-  p = p * f + 0.240222424f;
-  p = p * f + 0.693146978f;
-  p = p * f + 1.0f;  // so that 2^0 is 1 and nothing exceeds it
+  float p = kExp2[5];
+  p = p * f + kExp2[4];
+  p = p * f + kExp2[3];
+  p = p * f + kExp2[2];
+  p = p * f + kExp2[1];
+  p = p * f + kExp2[0];
   return p * float_of((bits_of(t) << 23) + 0x3f800000u);
 #endif
 }

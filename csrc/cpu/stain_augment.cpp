@@ -25,7 +25,10 @@ constexpr int64_t kUnit = 8192;  // pixels per unit of work, about; whole rows. 
 
 const StainKernels& kernels() {
 #ifdef HISTODD_X86_DISPATCH
-  if (instruction_set() == InstructionSet::kAvx512) return stain_kernels_avx512;
+  if (instruction_set() == InstructionSet::kAvx512) {
+    static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+    return vbmi ? stain_kernels_avx512vbmi : stain_kernels_avx512;
+  }
   if (instruction_set() == InstructionSet::kAvx2) return stain_kernels_avx2;
 #endif
   return stain_kernels_baseline;

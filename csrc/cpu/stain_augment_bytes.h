@@ -7,20 +7,13 @@ struct ByteTable {
   alignas(64) float factor[3][256][4];
   float white = 1.0f;  // a variable: of a constant the compiler makes cases instead of a minimum
 
-  // False where the factors would leave the range of float (a stain far from any real one). With l = log2((v + 1) / io)
-  // the entry of an even v + 1 = 2 w is that of w times 2^A, so that exponentials are taken for odd v + 1 only.
+  // With l = log2((v + 1) / io) the entry of an even v + 1 = 2 w is that of w times 2^A, so that exponentials are taken
+  // for odd v + 1 only. False where the factors would leave the range of float.
   bool fill(const Stain<float>& s) {
+    if (!moderate(s)) return false;
     alignas(64) float l[128];
-    float most = 0;
 #pragma omp simd
     for (int k = 0; k < 128; ++k) l[k] = log2_of(s.p * (static_cast<float>(2 * k) / 255.0f) + s.q);
-    const float last = log2_of(s.p + s.q);
-    const float reach = abs_of(l[0]) > abs_of(last) ? abs_of(l[0]) : abs_of(last);
-    for (int i = 0; i < 3; ++i) {
-      const float sum = (abs_of(s.a[3 * i]) + abs_of(s.a[3 * i + 1]) + abs_of(s.a[3 * i + 2])) * reach + abs_of(s.c[i]);
-      most = sum <= most ? most : sum;  // NaN stays
-    }
-    if (!(most < 120.0f)) return false;
     Exponents<float> wide = s.range;
     wide.high = -wide.low;
     for (int j = 0; j < 3; ++j) {

@@ -48,6 +48,7 @@ extern const StainKernels stain_kernels_baseline;
 #ifdef HISTODD_X86_DISPATCH
 extern const StainKernels stain_kernels_avx2;
 extern const StainKernels stain_kernels_avx512;
+extern const StainKernels stain_kernels_avx512vbmi;
 #endif
 
 }  // namespace histodd

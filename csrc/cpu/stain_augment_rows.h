@@ -99,7 +99,24 @@ void stain_forward(const Stain<float>& stain, const float* const x[3], float* co
   }
 }
 
+// Whether the exponents of all bytes, and every part of them, stay within the range of float: not so for a stain far
+// from any real one.
+bool moderate(const Stain<float>& s) {
+  const float black = abs_of(log2_of(s.q)), white = abs_of(log2_of(s.p + s.q));
+  float most = 0;
+  for (int i = 0; i < 3; ++i) {
+    const float sum = abs_of(s.a[3 * i]) + abs_of(s.a[3 * i + 1]) + abs_of(s.a[3 * i + 2]);
+    const float reach = sum * (black > white ? black : white) + abs_of(s.c[i]);
+    most = reach <= most ? most : reach;  // NaN stays
+  }
+  return most < 120.0f;
+}
+
+#ifdef HISTODD_VBMI
+#include "stain_augment_bytes_vbmi.h"
+#else
 #include "stain_augment_bytes.h"
+#endif
 
 // d = gradient of x for the gradient g of the result; l and h as in Stain::vjp, if asked for.
 template <bool kSums>
