@@ -48,7 +48,8 @@ def page(results: Path = RESULTS) -> str:
         out.append(NO_GPU)
     for folder in sorted({path.parent for path, _ in records}):
         mine = [(path, record) for path, record in records if path.parent == folder]
-        out.append(f"## {mine[0][1]['environment']['device']}\n")
+        e = mine[0][1]["environment"]
+        out.append(f"## {e['device']}, {e['instruction_set']}\n")
         for path, record in mine:
             out.append(_section(path.relative_to(results.parent).as_posix(), record))
     return "\n".join(out).rstrip() + "\n"

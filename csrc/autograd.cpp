@@ -34,6 +34,18 @@ bool needs_gradient(TensorList list) {
   return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
+// Of forward-mode differentiation there is none: without this its result would silently be zero.
+bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const Optional& t) { return t && has_tangent(*t); }
+bool has_tangent(TensorList list) {
+  return std::any_of(list.begin(), list.end(), [](const Tensor& t) { return has_tangent(t); });
+}
+
+void refuse_tangents(const char* name, bool any) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!any, name, " has no forward-mode derivative; ", name,
+                              "_reference, in plain torch, has one");
+}
+
 Optional given(const Tensor& saved) { return saved.defined() ? Optional(saved) : std::nullopt; }
 
 // Where a derivative may be asked of the backward pass, it must come by the key that refuses it; else straight on.
@@ -87,6 +99,8 @@ struct StainAugment : Function<StainAugment> {
 
 Tensor stain_augment(const Tensor& image, const Optional& stain, const Optional& warp, const Optional& mean,
                      const Optional& std, const Optional& valid, double io, at::ScalarType dtype, bool channels_last) {
+  refuse_tangents("stain_augment", has_tangent(image) || has_tangent(stain) || has_tangent(warp) || has_tangent(mean) ||
+                                       has_tangent(std));
   if (at::GradMode::is_enabled() && (needs_gradient(image) || needs_gradient(stain))) {
     return StainAugment::apply(image, stain, warp, mean, std, valid, io, dtype, channels_last);
   }
@@ -167,6 +181,7 @@ struct GradientDistance : Function<GradientDistance> {
 };
 
 Tensor gradient_distance(TensorList real, TensorList synthetic, c10::string_view kind, bool per_layer) {
+  refuse_tangents("gradient_distance", has_tangent(real) || has_tangent(synthetic));
   if (at::GradMode::is_enabled() && (needs_gradient(real) || needs_gradient(synthetic))) {
     return GradientDistance::apply(real, synthetic, std::string(kind), per_layer);
   }

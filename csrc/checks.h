@@ -20,6 +20,11 @@ inline bool is_real_floating(at::ScalarType t) {
   return t == at::kDouble || t == at::kFloat || t == at::kHalf || t == at::kBFloat16;
 }
 
+// So that densities are finite in float.
+inline void check_io(double io) {
+  TORCH_CHECK_VALUE(io > 1e-6 && io < 1e9, "io must be positive and of the order of grey levels, got ", io);
+}
+
 // ---- macenko_fit ----
 
 inline FitOptions fit_options(const at::Tensor& image, double io, double beta, double alpha, double min_tissue,
@@ -29,9 +34,11 @@ inline FitOptions fit_options(const at::Tensor& image, double io, double beta, d
   TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
                     "image is uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
   TORCH_CHECK_VALUE(image.layout() == at::kStrided, "image is dense, got ", image.layout());
-  TORCH_CHECK_VALUE(std::isfinite(io) && io > 0, "io must be positive, got ", io);
+  check_io(io);
   TORCH_CHECK_VALUE(std::isfinite(beta), "beta must be finite, got ", beta);
   TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 50, "alpha must be a percentage from 0 to 50, got ", alpha);
+  TORCH_CHECK_VALUE(min_tissue >= 0 && min_tissue <= 1, "min_tissue must be a fraction from 0 to 1, got ", min_tissue);
+  TORCH_CHECK_VALUE(std::isfinite(min_concentration), "min_concentration must be finite, got ", min_concentration);
   TORCH_CHECK_VALUE(interpolation == "nearest" || interpolation == "linear",
                     "interpolation must be one of ('nearest', 'linear'), got '", interpolation, "'");
   TORCH_CHECK_VALUE(sign == "mean" || sign == "first", "sign must be one of ('mean', 'first'), got '", sign, "'");
@@ -109,7 +116,7 @@ inline void check_stain_augment(const at::Tensor& image, const std::optional<at:
                     "image must be uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
   TORCH_CHECK_VALUE(is_real_floating(out), "dtype must be float64, float32, float16 or bfloat16, got ", out);
   TORCH_CHECK_VALUE(image.size(2) < (1 << 23) && image.size(3) < (1 << 23), "image is too large: ", image.sizes());
-  TORCH_CHECK_VALUE(io > 0, "io must be positive, got ", io);
+  check_io(io);
   TORCH_CHECK_VALUE(mean.has_value() == std.has_value(), "mean and std go together");
   const auto check = [&](const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef shape) {
     if (!t) return;

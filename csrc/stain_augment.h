@@ -86,6 +86,8 @@ struct Warp {
   }
 };
 
+constexpr int kFar = 1 << 23;  // no image is as large
+
 // The two neighbours along one axis of a sampling position: pixels `first` and `first + 1`, always inside 0..size-1 (an
 // axis of one pixel has no second: its weight is 0), with their weights. What the weights lack of 1 is the share of the
 // white surroundings.
@@ -94,8 +96,10 @@ struct Neighbours {
   int first;
   S a, b;
 
-  // position = origin + x, with an integral origin of at most 2^23 in size, so that x stays small and exact.
+  // position = origin + x, with an integral origin, so that x stays small and exact. Origins beyond 2^23, farther than
+  // any image reaches, count as that: they and what is added to them are exact in float.
   HISTODD_INLINE static Neighbours at(S x, int origin, int size) {
+    origin = origin < -kFar ? -kFar : origin > kFar ? kFar : origin;
     const S low = static_cast<S>(-origin), high = static_cast<S>((size > 1 ? size - 2 : 0) - origin);
     const S floor = clamped(floor_of(x), low, high);
     return {origin + static_cast<int>(floor), hat(x - floor), size > 1 ? hat(x - floor - S(1)) : S(0)};
@@ -118,8 +122,8 @@ struct Split {
 
   HISTODD_INLINE static Split of(double position) {
     double whole = floor_of(position);
-    whole = whole > -8388608.0 ? whole : -8388608.0;  // NaN goes low
-    whole = whole < 8388608.0 ? whole : 8388608.0;
+    whole = whole > -kFar ? whole : -kFar;  // NaN goes low
+    whole = whole < kFar ? whole : kFar;
     return {static_cast<int>(whole), static_cast<S>(position - whole)};
   }
 };

@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from histodd_bench.errors import UsageError
+from histodd_bench.ops import stain_augment
+from histodd_bench.stain import MacenkoNormalizer
+from histodd_bench.stain_definitions import StainFit
 
 OPERATIONS = ("stain", "flip", "rotate", "scale")
 
@@ -22,34 +25,55 @@ class Draw:
     stain: Tensor
 
 
-@dataclass(frozen=True)
-class SiameseAugment:
-    """Which operations are drawn, and how strongly.
+class SiameseAugment(nn.Module):
+    """Draws parameters, and applies a draw to as many batches as should share it::
 
-    Attributes:
+        augment = SiameseAugment()
+        draw = augment.draw(generator)
+        real, synthetic = augment(real, draw), augment(synthetic, draw)
+
+    As a layer, ``augment(images)`` draws for every patch of a batch in training and leaves patches alone in evaluation.
+
+    Args:
         operations: any of ``stain``, ``flip``, ``rotate``, ``scale``.
         degrees: rotation is uniform in plus or minus this.
         ratio: each axis is scaled by a factor uniform in [1/ratio, ratio].
         stain_probability: how often a draw normalises the stains.
+        normalizer: what stains are moved to, and which Macenko; the reference of the original paper by default.
+
+    Raises:
+        UsageError: an unknown operation, or a number that means nothing.
     """
 
-    operations: tuple[str, ...] = OPERATIONS
-    degrees: float = 15.0
-    ratio: float = 1.2
-    stain_probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in self.operations:
+    def __init__(
+        self,
+        operations: tuple[str, ...] = OPERATIONS,
+        degrees: float = 15.0,
+        ratio: float = 1.2,
+        stain_probability: float = 1.0,
+        normalizer: MacenkoNormalizer | None = None,
+    ) -> None:
+        super().__init__()
+        for name in operations:
             if name not in OPERATIONS:
                 raise UsageError(f"unknown augmentation {name!r}: known: {', '.join(OPERATIONS)}")
+        if not math.isfinite(degrees):
+            raise UsageError(f"degrees must be finite, got {degrees}")
+        if not 1 <= ratio < math.inf:
+            raise UsageError(f"ratio must be at least 1, got {ratio}")
+        if not 0 <= stain_probability <= 1:
+            raise UsageError(f"stain_probability must lie in [0, 1], got {stain_probability}")
+        self.operations, self.degrees, self.ratio = tuple(operations), degrees, ratio
+        self.stain_probability = stain_probability
+        self.normalizer = normalizer or MacenkoNormalizer()
 
     @property
     def stains(self) -> bool:
         """Whether any draw can normalise stains."""
         return "stain" in self.operations and self.stain_probability > 0
 
-    def draw(self, generator: Generator, n: int = 1) -> Draw:
-        """Draw parameters for ``n`` patches (1: shared by a batch). Always consumes the same random numbers."""
+    def draw(self, generator: Generator | None = None, n: int = 1) -> Draw:
+        """Draw parameters for ``n`` patches (1: shared by a batch), on the CPU. Always consumes the same random numbers."""
         u = torch.rand(n, 5, generator=generator)
         identity, warp = torch.eye(2).expand(n, 2, 2), None
         if "scale" in self.operations:
@@ -68,3 +92,28 @@ class SiameseAugment:
         if warp is not None:
             warp = torch.cat([warp.expand_as(identity), torch.zeros(n, 2, 1)], 2)
         return Draw(warp, stain)
+
+    def forward(self, images: Tensor, draw: Draw | None = None, fit: StainFit | None = None) -> Tensor:
+        """Warp patches, and normalise their stains where the draw says so, in one pass over the pixels.
+
+        Args:
+            images: ``[N,3,H,W]`` uint8 or float in [0, 1].
+            draw: of one patch, which all share, or of N; drawn per patch if not given (nothing in evaluation).
+            fit: stains of the patches, where they are known: one fit each, or one for all.
+
+        Returns:
+            ``[N,3,H,W]`` float in [0, 1]. Differentiable in ``images``, with the fit detached.
+
+        Raises:
+            ValueError: a draw or fit of another number of patches.
+        """
+        n = len(images)
+        if draw is None:
+            draw = self.draw(n=n) if self.training else Draw(None, torch.zeros(1, dtype=torch.bool))
+        if len(draw.stain) not in (1, n):
+            raise ValueError(f"one draw for all or one per patch: got {len(draw.stain)} draws for {n} patches")
+        warp = None if draw.warp is None else draw.warp.to(images.device).expand(n, 2, 3)
+        wanted = draw.stain.to(images.device)
+        if not self.stains or (not torch.compiler.is_compiling() and not bool(draw.stain.any())):
+            return stain_augment(images, warp=warp)
+        return self.normalizer.normalize(images, fit, warp=warp, where=wanted)

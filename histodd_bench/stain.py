@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.ops import macenko_affine, macenko_fit, stain_augment
-from histodd_bench.ops.macenko_fit import OK, STATUS_NAMES
+from histodd_bench.ops.macenko_fit import OK, OUT_OF_RANGE, STATUS_NAMES
 from histodd_bench.stain_definitions import Definition, StainFit
 from histodd_bench.stain_definitions import definition as find_definition
 
@@ -164,7 +164,8 @@ class MacenkoNormalizer(nn.Module):
         if len(found.status) != 1:
             raise ValueError(f"the target is one image or one pool of patches, got {len(found.status)}")
         if int(found.status[0]) != OK:
-            raise ValueError(f"the target image cannot be fitted: {STATUS_NAMES[int(found.status[0])]}")
+            scale = "; images are uint8, or float in [0, 1]" if int(found.status[0]) == OUT_OF_RANGE else ""
+            raise ValueError(f"the target image cannot be fitted: {STATUS_NAMES[int(found.status[0])]}{scale}")
         self.target_stain.copy_(found.stain_matrix[0])
         self.target_concentration.copy_(found.max_concentration[0])
         return self
@@ -173,18 +174,32 @@ class MacenkoNormalizer(nn.Module):
         """Detached fits of ``[N,3,H,W]``, to be kept and given to :meth:`normalize`; ``check`` raises on a wrong scale."""
         return self.definition.fit(images, check)
 
-    def normalize(self, images: Tensor, fit: StainFit | None = None) -> Tensor:
+    def normalize(
+        self,
+        images: Tensor,
+        fit: StainFit | None = None,
+        *,
+        check: bool = False,
+        warp: Tensor | None = None,
+        where: Tensor | None = None,
+    ) -> Tensor:
         """``[N,3,H,W]`` uint8 or float -> float in [0, 1]; patches that cannot be fitted come back as they are.
 
         Args:
             images: patches.
             fit: use these stains instead of fitting every patch: one fit per patch, or one (of a slide) for all.
+            check: synchronise and raise if a patch is on the wrong scale, such as floats up to 255.
+            warp: ``[N,2,3]``, turns patches in the same pass, see :func:`~histodd_bench.ops.stain_augment`.
+            where: ``[N]`` or ``[1]`` bool: which patches to normalise; the others keep their stains.
+
+        Raises:
+            ValueError: another number of fits than of patches; with ``check``, images out of range.
         """
-        fit = self.estimate(images) if fit is None else StainFit(*(t.to(images.device) for t in fit))
+        fit = self.estimate(images, check) if fit is None else StainFit(*(t.to(images.device) for t in fit))
         if len(fit.status) not in (1, len(images)):
             raise ValueError(f"one fit for all or one per patch: got {len(fit.status)} fits for {len(images)} patches")
         affine = macenko_affine(fit.stain_matrix, fit.max_concentration, self.target_stain, self.target_concentration)
-        valid = (fit.status == OK).expand(len(images))
-        return self.definition.apply(images, affine.expand(len(images), 3, 4), valid)
+        valid = fit.status == OK if where is None else (fit.status == OK) & where
+        return self.definition.apply(images, affine.expand(len(images), 3, 4), valid.expand(len(images)), warp)
 
     forward = normalize

@@ -64,10 +64,15 @@ class Definition:
             )
         )
 
-    def apply(self, images: Tensor, affine: Tensor, valid: Tensor) -> Tensor:
-        """Patches moved by ``[A|b]`` ``[N,3,4]`` in optical density, float in [0, 1]; untouched where not ``valid [N]``."""
+    def apply(self, images: Tensor, affine: Tensor, valid: Tensor, warp: Tensor | None = None) -> Tensor:
+        """Patches moved by ``[A|b]`` ``[N,3,4]`` in optical density, float in [0, 1]; untouched where not ``valid [N]``.
+
+        In one pass, with a ``warp [N,2,3]`` too, if ``plus_one``; else through intermediate images.
+        """
         if self.plus_one:
-            return stain_augment(images, affine, valid=valid, io=self.io)
+            return stain_augment(images, affine, warp, valid=valid, io=self.io)
+        if warp is not None:
+            images = stain_augment(images, warp=warp)
         # The operator's density has the +1: what goes in is one grey level less, and what is not valid is put back.
         x = images if images.is_floating_point() else images.float() / 255
         moved = stain_augment((x * 255).clamp(1, self.io).sub(1) / 255, affine, valid=valid, io=self.io)

@@ -44,9 +44,11 @@ class StreamingFit:
                 fit.update(images)
         slide = fit.finish()
 
-    Percentiles come from histograms of 2^18 bins. They are off by at most half a bin: ``angle_error`` radians (1.2e-5)
-    for the stain vectors, so that a stain vector turns by no more than that, and ``concentration_error`` for the two
-    maxima, given the stain vectors (about 1e-4). Memory does not grow with the data.
+    Percentiles come from histograms of 2^18 bins, and are off by at most half a bin: beside :func:`fit_pooled` a stain
+    vector turns by no more than ``angle_error`` radians (1.2e-5), and a maximum differs by no more than
+    ``concentration_error`` (mostly a few 1e-4), in which the turned stain vectors have their part. So it is for every definition but
+    those with a ``luminosity``, whose contrast stretch is each patch's own here and the whole pool's there. Memory does not
+    grow with the data.
 
     Args:
         which: preset or definition.
@@ -54,7 +56,7 @@ class StreamingFit:
     Attributes:
         patches, skipped: patches seen in the first pass, and those among them left out for being out of range.
         angle_error: largest error of the angles of the stain vectors, in radians.
-        concentration_error: ``[2]`` float64, largest errors of the maxima, known after the second pass.
+        concentration_error: ``[2]`` float64, largest errors of the maxima, known after the last pass.
     """
 
     angle_error = torch.pi / _BINS
@@ -157,7 +159,6 @@ class StreamingFit:
             self._status = DEGENERATE
             return
         self._stain = stain[0]
-        self.concentration_error = self._concentration_bound() / _BINS
         self._histogram.zero_()
 
     def _concentration_bound(self) -> Tensor:
@@ -167,9 +168,21 @@ class StreamingFit:
 
     def _end_concentrations(self) -> None:
         self._top = torch.tensor([self._percentile(row, 99.0) for row in (0, 1)], dtype=torch.float64)
-        self._top *= self._concentration_bound()
+        bound = self._concentration_bound()
+        self._top *= bound
+        self.concentration_error = bound / _BINS + self._error_of_turned_stains(bound)
         if bool((self._top < MIN_CONCENTRATION).any()):
             self._status = WEAK_STAIN
+
+    def _error_of_turned_stains(self, bound: Tensor) -> Tensor:
+        """How far concentrations of any pixel are from those by stain vectors that are off by ``angle_error``."""
+        # S c = S' c' in the plane, so |c - c'| <= |pinv(S)| |S' - S| |c'|, and the rows of pinv(S) are 1 / sin(angle) long.
+        h, e = self._stain[:, 0], self._stain[:, 1]
+        angle = torch.atan2(torch.linalg.cross(h, e).norm(), h @ e) - 2 * self.angle_error
+        seen = [row.nonzero().flatten() for row in self._histogram]
+        ends = torch.stack([torch.stack([s[0], s[-1] + 1]) for s in seen]).double() / (_BINS / 2) - 1
+        largest = (ends.abs().amax(1) * bound).sum()
+        return self.angle_error * largest / angle.sin().clamp(min=1e-12)
 
 
 def fit_stream(batches: Iterable[Tensor], which: str | Definition = "torchstain") -> StainFit:

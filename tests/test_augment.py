@@ -1,4 +1,4 @@
-"""Siamese draws: ranges, sharing, order of the operations, and independence of the switches."""
+"""Siamese draws: ranges, sharing, order of the operations, and independence of the switches; and applying them."""
 
 import math
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_sets import stained
 
-from histodd_bench.augment import OPERATIONS, SiameseAugment
+from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
 from histodd_bench.errors import UsageError
 from histodd_bench.ops import stain_augment
+from histodd_bench.stain import MacenkoNormalizer
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -71,3 +73,68 @@ def test_unknown_operation_is_refused() -> None:
     with pytest.raises(UsageError, match="shear"):
         SiameseAugment(("shear",))
     assert set(OPERATIONS) == {"stain", "flip", "rotate", "scale"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"ratio": 0.0}, "ratio must be at least 1, got 0.0"),
+        ({"ratio": math.nan}, "ratio must be at least 1"),
+        ({"degrees": math.inf}, "degrees must be finite"),
+        ({"stain_probability": 7}, r"stain_probability must lie in \[0, 1\], got 7"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(arguments: dict[str, float], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        SiameseAugment(**arguments)
+
+
+def test_two_batches_share_a_draw() -> None:
+    """The same patch comes out the same in a batch of 5 and one of 2, and is what the operators give."""
+    augment = SiameseAugment(normalizer=MacenkoNormalizer().fit(stained(1, 32, seed=8)[0]))
+    real, draw = stained(5, 24), augment.draw(generator(1))
+    views = augment(real, draw), augment(real[1:3].float() / 255, draw)
+    torch.testing.assert_close(views[0][1:3], views[1], rtol=0, atol=1e-5)
+    turned = stain_augment(real, warp=draw.warp.expand(5, 2, 3))
+    fit = augment.normalizer.estimate(real)  # of the patches as they are, not as they lie
+    torch.testing.assert_close(views[0], augment.normalizer.normalize(turned, fit), rtol=0, atol=1e-5)
+    torch.testing.assert_close(augment(real, draw, fit), views[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("definition", ["torchstain", "cucim"])
+def test_a_draw_per_patch(definition: str) -> None:
+    """Stains are normalised where the draw says so; the other patches are turned only."""
+    augment = SiameseAugment(stain_probability=0.5, normalizer=MacenkoNormalizer(definition=definition))
+    images, draw = stained(8, 24).double() / 255, augment.draw(generator(2), 8)
+    assert 0 < int(draw.stain.sum()) < 8
+    out, turned = augment(images, draw), stain_augment(images, warp=draw.warp.double())
+    same = (out - turned).abs().flatten(1).amax(1) < 1e-12
+    assert torch.equal(same, ~draw.stain)
+
+
+def test_a_layer_augments_in_training_only() -> None:
+    augment, images = SiameseAugment(), stained(3, 16).float() / 255
+    torch.manual_seed(0)
+    first, second = augment(images), augment(images)
+    assert not torch.equal(first, second)
+    assert torch.equal(augment.eval()(images), images)
+    assert torch.equal(SiameseAugment(())(images), images)
+
+
+def test_gradients_pass_and_it_compiles_in_one_graph() -> None:
+    augment, images = SiameseAugment(), stained(3, 16).float() / 255
+    draw = augment.draw(generator(5))
+    x = images.requires_grad_()
+    (expected,) = torch.autograd.grad(augment(x, draw).square().sum(), x)
+    assert expected.abs().max() > 0
+    compiled = torch.compile(augment, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(x, draw).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert compiled(x).shape == x.shape  # draws for itself
+
+
+def test_a_draw_of_another_number_is_refused() -> None:
+    augment = SiameseAugment()
+    with pytest.raises(ValueError, match="one draw for all or one per patch: got 2 draws for 3 patches"):
+        augment(stained(3, 16), augment.draw(generator(), 2))
+    assert augment(stained(0, 16), Draw(None, torch.ones(1, dtype=torch.bool))).shape == (0, 3, 16, 16)

@@ -314,6 +314,22 @@ def test_autocast_computes_in_float32(compiled):
     torch.testing.assert_close(value, gradient_distance_reference(real, synthetic))
 
 
+def test_none_and_other_devices_are_named():
+    x = torch.ones(3)
+    for function in (gradient_distance, gradient_distance_reference):
+        for lists_ in (([x, None], [x, x]), ([None, x], [x, x]), ([x, x], [x, None])):
+            with pytest.raises(ValueError, match=r"layer [01]: (real|synthetic) has no gradient \(None\)"):
+                function(*lists_)
+        with pytest.raises(ValueError, match=r"layer 0: .*meta"):
+            function([x], [x.to("meta")])
+
+
+def test_forward_mode_is_refused(compiled):
+    x = torch.ones(3)
+    with pytest.raises(NotImplementedError, match="gradient_distance has no forward-mode derivative"):
+        torch.func.jvp(lambda s: gradient_distance([x], [s]), (2 * x,), (x,))
+
+
 def test_reference_takes_over_with_one_warning():
     code = """
 import os, warnings

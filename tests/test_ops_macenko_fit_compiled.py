@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_sets import render, stained
 
-from histodd_bench.ops import macenko_fit, macenko_fit_reference
+from histodd_bench.ops import macenko_affine_reference, macenko_fit, macenko_fit_reference
 from histodd_bench.ops.macenko_fit import DEGENERATE, LITTLE_TISSUE, OK, OUT_OF_RANGE, pinv
+from histodd_bench.stain import MacenkoNormalizer
+from histodd_bench.stain_definitions import DEFINITIONS
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FUNCTIONS = pytest.mark.parametrize("fit", [macenko_fit, macenko_fit_reference], ids=["op", "reference"])
@@ -157,6 +159,9 @@ def test_check_names_the_images_that_are_out_of_range(fit):
         ({"io": 0.0}, "io must be positive"),
         ({"alpha": 51.0}, "alpha must be a percentage from 0 to 50"),
         ({"alpha": -1.0}, "alpha must be a percentage from 0 to 50"),
+        ({"min_tissue": -1.0}, "min_tissue must be a fraction from 0 to 1"),
+        ({"min_concentration": float("nan")}, "min_concentration must be finite"),
+        ({"io": 1e39}, "io must be positive and of the order of grey levels"),
         ({"interpolation": "cubic"}, r"interpolation must be one of .*got 'cubic'"),
         ({"sign": "last"}, r"sign must be one of .*got 'last'"),
     ],
@@ -272,8 +277,14 @@ def test_autocast_computes_in_float32(compiled):
     x = (stained(2, 24).float() / 255).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stain, top, _ = macenko_fit(x)
+        reference = macenko_fit_reference(x)
+        affine = macenko_affine_reference(stain, top, stain[0], top[0])
+        for name in DEFINITIONS:
+            assert MacenkoNormalizer(definition=name).normalize(x.float()).dtype == torch.float32
     assert stain.dtype == top.dtype == torch.float32
     assert torch.equal(stain, macenko_fit(x)[0])
+    assert torch.equal(reference[0], macenko_fit_reference(x)[0])
+    assert torch.equal(affine, macenko_affine_reference(stain, top, stain[0], top[0]))
 
 
 @pytest.mark.cuda

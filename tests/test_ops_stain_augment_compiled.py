@@ -197,6 +197,52 @@ def test_result_does_not_depend_on_threads(compiled, dtype, warped):
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
 
 
+def test_bytes_do_not_depend_on_threads_or_neighbours(compiled):
+    """Of 130 rows of 64 pixels the last two are a unit of their own, too small for a table by itself."""
+    x = torch.randint(0, 256, (3, 3, 130, 64), generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+    try:
+        torch.set_num_threads(1)
+        whole = stain_augment_op(x, stains(3))
+        assert torch.equal(stain_augment_op(x[1:2], stains(3)[1:2]), whole[1:2])
+        torch.set_num_threads(2)
+        assert torch.equal(stain_augment_op(x, stains(3)), whole)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_stain_that_is_not_finite_gives_nan_for_bytes_too(compiled, row):
+    x, stain = torch.full((1, 3, 40, 40), 100, dtype=torch.uint8), stains(1)
+    stain[0, row, 1] = torch.nan
+    out = stain_augment_op(x, stain)
+    assert out[0, row].isnan().all() and out.isfinite().flatten(2).all(2).sum() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_at_the_border_does_not_spread_outside(compiled, dtype):
+    x = torch.full((1, 3, 8, 8), 0.5, dtype=dtype)
+    x[..., -1, -1] = torch.nan
+    away = torch.tensor([[[1.0, 0, 10], [0, 1, 10]]])
+    assert stain_augment_op(x, warp=away).eq(1).all() and stain_augment_reference(x, warp=away).eq(1).all()
+
+
+def test_absurd_warps_lead_outside(compiled):
+    x = torch.zeros(1, 3, 64, 64)
+    for entry in (1e5, 1e8, 1e20, torch.inf, torch.nan):
+        warp = torch.tensor([[[0, 0, entry], [0, 0, -entry]]])
+        assert stain_augment_op(x, warp=warp).eq(1).all() and stain_augment_reference(x, warp=warp).eq(1).all()
+    for warp in (torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(1)) * 1e6).split(1):
+        assert (stain_augment_op(x, warp=warp) >= 0).all()
+
+
+def test_forward_mode_is_refused(compiled):
+    x, stain = images(1, 8, 8), stains(1)
+    with pytest.raises(NotImplementedError, match="stain_augment has no forward-mode derivative"):
+        torch.func.jvp(lambda x: stain_augment_op(x, stain), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        stain_augment_op(x, torch.autograd.forward_ad.make_dual(stain, stain))
+
+
 def test_nan_stays_in_its_pixel_and_nothing_crashes(compiled):
     x = images(2, 20, 40, dtype=torch.float32)
     bad = x.clone()
@@ -217,7 +263,7 @@ def test_nan_stays_in_its_pixel_and_nothing_crashes(compiled):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lesser_instruction_sets(compiled, capability):
     """The comparisons with the float64 reference again, with the kernels for older machines."""
-    names = "test_float32_is_close or test_all_grey_levels or test_nan_stays or test_opcheck"
+    names = "test_float32 or test_all_grey_levels or test_nan or test_opcheck or threads or not_finite or absurd"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -251,6 +297,8 @@ def test_torch_compile_has_no_graph_break(compiled, warped):
         ({"valid": torch.zeros(3, dtype=torch.bool)}, "valid must be"),
         ({"dtype": torch.int32}, "dtype must be"),
         ({"io": 0.0}, "io must be positive"),
+        ({"io": 1e39}, "io must be positive and of the order of grey levels"),
+        ({"valid": torch.ones(2, device="meta") > 0}, "valid lies on meta, image on cpu"),
         ({"warp": torch.zeros(2, 2, 3, requires_grad=True)}, "not in warp: detach it"),
     ],
 )

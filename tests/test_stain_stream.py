@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_sets import stained
 
-from histodd_bench.ops.macenko_fit import DEGENERATE, LITTLE_TISSUE, OK, OUT_OF_RANGE, pinv
+from histodd_bench.ops.macenko_fit import DEGENERATE, LITTLE_TISSUE, OK, OUT_OF_RANGE
 from histodd_bench.stain import MacenkoNormalizer
 from histodd_bench.stain_definitions import DEFINITIONS, Definition
 from histodd_bench.stain_stream import StreamingFit, fit_pooled, fit_stream
@@ -30,17 +30,9 @@ def test_streaming_stays_within_its_stated_error(name, dtype):
     slack = 1e-6 if dtype == torch.uint8 else 1e-9  # densities are float32 there
     turned = angle_between(streamed.stain_matrix[0], exact.stain_matrix[0])
     assert (turned <= fit.angle_error + slack).all()
-    # The maxima given the streamed stains, by sorting.
-    definition = DEFINITIONS[name]
-    od = definition.density(images.double() / 255 if dtype == torch.uint8 else images).transpose(0, 1).flatten(1)
-    values = (pinv(streamed.stain_matrix)[0] @ od).sort(1).values
-    position = 0.99 * (values.shape[1] - 1)
-    ends = values[:, round(position)], values[:, round(position)]
-    if definition.interpolation == "linear":
-        ends = values[:, int(position)], values[:, int(position) + 1]
-    expected = torch.lerp(*ends, position - int(position))
-    assert ((streamed.max_concentration[0] - expected).abs() <= fit.concentration_error + slack).all()
-    assert 0 < fit.concentration_error.max() < 2e-4 and fit.angle_error < 1.3e-5
+    off = (streamed.max_concentration[0] - exact.max_concentration[0]).abs()
+    assert (off <= fit.concentration_error + slack).all()
+    assert 0 < fit.concentration_error.max() < 5e-4 and fit.angle_error < 1.3e-5
 
 
 def test_neither_batches_nor_order_matter():

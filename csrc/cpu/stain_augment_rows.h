@@ -103,13 +103,12 @@ void stain_forward(const Stain<float>& stain, const float* const x[3], float* co
 // from any real one.
 bool moderate(const Stain<float>& s) {
   const float black = abs_of(log2_of(s.q)), white = abs_of(log2_of(s.p + s.q));
-  float most = 0;
   for (int i = 0; i < 3; ++i) {
     const float sum = abs_of(s.a[3 * i]) + abs_of(s.a[3 * i + 1]) + abs_of(s.a[3 * i + 2]);
     const float reach = sum * (black > white ? black : white) + abs_of(s.c[i]);
-    most = reach <= most ? most : reach;  // NaN stays
+    if (!(reach < 120.0f)) return false;  // NaN too
   }
-  return most < 120.0f;
+  return true;
 }
 
 #ifdef HISTODD_VBMI
@@ -301,7 +300,7 @@ void forward(const StainJob& job, int64_t n, int64_t begin, int64_t end) {
   const Stain<float>* stain = stain_of(job, n);
   const ByteTable* use = nullptr;
   ByteTable table;
-  if (sizeof(In) == 1 && stain && !job.warp && (end - begin) * job.w >= kWorthATable) {
+  if (sizeof(In) == 1 && stain && !job.warp && job.h * job.w >= kWorthATable) {
     if (table.fill(*stain)) use = &table;
   }
   Forward<In, Out> f{job,   image_at<const In>(job.image, job, n), image_at<Out>(job.out, job, n),

@@ -48,7 +48,8 @@ HISTODD_INLINE void copy_two(const T* row, int64_t first, int64_t second, T* to)
     int64_t a, b;
     __builtin_memcpy(&a, row + first, sizeof a);
     __builtin_memcpy(&b, row + second, sizeof b);
-    *reinterpret_cast<TwoPairs*>(to) = TwoPairs{a, b};
+    const TwoPairs both = {a, b};
+    __builtin_memcpy(to, &both, sizeof both);
   } else {
     __builtin_memcpy(to, row + first, 2 * sizeof(T));
     __builtin_memcpy(to + 2, row + second, 2 * sizeof(T));
@@ -102,10 +103,11 @@ void gather(const T* image, bool last, int64_t plane, int width, const Footprint
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) {
       const float ax = f.ax[k], bx = f.bx[k], ay = f.ay[k], by = f.by[k];
-      const float white = 1.0f - (ax + bx) * (ay + by);
+      const float share = (ax + bx) * (ay + by);
       const float above = ax * to_float(upper[2 * k]) + bx * to_float(upper[2 * k + 1]);
       const float below = ax * to_float(lower[2 * k]) + bx * to_float(lower[2 * k + 1]);
-      to[k] = (ay * above + by * below) * unit + white;
+      const float v = (ay * above + by * below) * unit + (1.0f - share);
+      to[k] = share > 0.0f ? v : 1.0f;  // not the NaN of a pixel that has no share in it
     }
   }
 }

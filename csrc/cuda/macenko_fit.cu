@@ -312,7 +312,9 @@ void fit_batch(const at::Tensor& original, const FitOptions& o, const FitOutputs
   if (bytes + static_cast<int64_t>(attributes.sharedSizeBytes) > limit) {
     return launch_tiled(batch, images, image.options(), stream);
   }
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  // The most, whatever this call needs: another thread's launch may be between this line and the next.
+  const int most = limit - static_cast<int>(attributes.sharedSizeBytes);
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   kernel<<<static_cast<int>(images), kFitThreads<T>, static_cast<size_t>(bytes), stream>>>(batch, step, image_bytes);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

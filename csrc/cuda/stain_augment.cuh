@@ -162,7 +162,7 @@ struct Corners {
 
 template <typename S>
 __device__ __forceinline__ Rgb<S> sample(const Image& image, int64_t first, int64_t plane, const Corners<S>& at) {
-  const S white = S(1) - (at.ax + at.bx) * (at.ay + at.by);
+  const S share = (at.ax + at.bx) * (at.ay + at.by), white = S(1) - share;
   const S a = at.ay * at.ax, b = at.ay * at.bx, c = at.by * at.ax, d = at.by * at.bx;
   Rgb<S> v{};
   with_type<S>(image.type, [&](auto* null) {
@@ -177,6 +177,7 @@ __device__ __forceinline__ Rgb<S> sample(const Image& image, int64_t first, int6
     const int64_t apart = image.last ? 1 : plane;
     const S unit = std::is_same_v<T, uint8_t> ? S(1) / S(255) : S(1);
     v = {unit * blend(data) + white, unit * blend(data + apart) + white, unit * blend(data + 2 * apart) + white};
+    if (!(share > S(0))) v = {S(1), S(1), S(1)};  // not the NaN of a pixel that has no share in it
   });
   return v;
 }

@@ -91,7 +91,7 @@ class HistoDD:
                 raise UsageError(f"histodd.{name} must be at least 1, got {getattr(self, name)}")
         if self.image_lr <= 0:
             raise UsageError(f"histodd.image_lr must be above 0, got {self.image_lr}")
-        SiameseAugment(self.augment)  # refuses unknown names
+        SiameseAugment(self.augment, stain_probability=self.stain_probability)  # refuses what it does not know
 
     def __call__(
         self,

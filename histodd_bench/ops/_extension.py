@@ -46,6 +46,24 @@ def missing_reason() -> str:
     return _REASON
 
 
+def require_one_device(**tensors: torch.Tensor | None) -> None:
+    """For fake kernels, which a call lands in when any of its tensors is on the meta device: all must lie where the first does.
+
+    Raises:
+        ValueError: naming the tensor that does not.
+    """
+    (first, where), *others = ((name, t.device) for name, t in tensors.items() if t is not None)
+    for name, device in others:
+        if device != where:
+            raise ValueError(f"{name} lies on {device}, {first} on {where}")
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which matrix products keep the dtype of what they are given: autocast would take them to half."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    return torch.autocast(kind, enabled=False)
+
+
 def use_compiled(device: torch.device) -> bool:
     """Whether tensors on ``device`` have compiled operators; where they have not, warn once that references are used."""
     kind = device.type

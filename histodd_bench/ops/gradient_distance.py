@@ -29,6 +29,7 @@ def gradient_distance_reference(
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if len(real) != len(synthetic):
         raise ValueError(f"lists must have equal lengths, got {len(real)} and {len(synthetic)}")
+    _refuse_none(real, synthetic)
     values = []
     for i, (r, s) in enumerate(zip(real, synthetic, strict=True)):
         if r.shape != s.shape or r.dtype != s.dtype or r.device != s.device:
@@ -79,12 +80,28 @@ def gradient_distance(
     Raises:
         ValueError: unknown ``kind``, or lists or pairs that do not match.
     """
-    if len(real) and len(synthetic) and use_compiled(real[0].device):
-        return torch.ops.histodd.gradient_distance(list(real), list(synthetic), kind, per_layer)
+    if len(real) and len(synthetic) and real[0] is not None and use_compiled(real[0].device):
+        try:
+            return torch.ops.histodd.gradient_distance(list(real), list(synthetic), kind, per_layer)
+        except RuntimeError:  # None is no tensor to the operator
+            _refuse_none(real, synthetic)
+            raise
     return gradient_distance_reference(real, synthetic, kind, per_layer)
 
 
+def _refuse_none(real: Sequence[Tensor | None], synthetic: Sequence[Tensor | None]) -> None:
+    for name, tensors in (("real", real), ("synthetic", synthetic)):
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                raise ValueError(f"layer {i}: {name} has no gradient (None): leave unused parameters out of both lists")
+
+
 def _fake(real: list[Tensor], synthetic: list[Tensor], kind: str, per_layer: bool) -> Tensor:
+    for i, tensor in enumerate((*real, *synthetic)):
+        if tensor.device != real[0].device:
+            raise ValueError(
+                f"layer {i % len(real)}: all gradients lie on one device, got {tensor.device} after {real[0].device}"
+            )
     wide = any(r.dtype == torch.float64 for r in real)
     return real[0].new_empty([len(real)] if per_layer else [], dtype=torch.float64 if wide else torch.float32)
 

@@ -7,11 +7,13 @@ the percentiles, and smooth stand-ins for it are derivatives of some other funct
 ``stain_augment``, has exact gradients.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from histodd_bench.ops._extension import build_info, use_compiled
-from histodd_bench.ops.stain_augment import IO
+from histodd_bench.ops._extension import build_info, require_one_device, use_compiled, without_autocast
+from histodd_bench.ops.stain_augment import IO, check_io
 
 OK, LITTLE_TISSUE, DEGENERATE, WEAK_STAIN, OUT_OF_RANGE = range(5)
 STATUS_NAMES = ("ok", "too little tissue", "degenerate", "weak stain", "out_of_range")
@@ -53,10 +55,13 @@ def macenko_fit_reference(
         raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"image is uint8 or floating point, got {image.dtype}")
-    if not io > 0:
-        raise ValueError(f"io must be positive, got {io}")
+    check_io(io)
     if not 0 <= alpha <= 50:
         raise ValueError(f"alpha must be a percentage from 0 to 50, got {alpha}")
+    if not 0 <= min_tissue <= 1:
+        raise ValueError(f"min_tissue must be a fraction from 0 to 1, got {min_tissue}")
+    if not math.isfinite(min_concentration):
+        raise ValueError(f"min_concentration must be finite, got {min_concentration}")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
     if sign not in SIGNS:
@@ -70,7 +75,37 @@ def macenko_fit_reference(
     if n == 0 or pixels == 0:
         empty = torch.full((n,), LITTLE_TISSUE, dtype=torch.uint8, device=image.device)
         return image.new_zeros((n, 3, 2), dtype=compute), image.new_zeros((n, 2), dtype=compute), empty
-    linear = interpolation == "linear"
+    with without_autocast(image.device):
+        fit = _fit(
+            image,
+            compute,
+            io,
+            beta,
+            alpha,
+            min_tissue,
+            min_concentration,
+            interpolation == "linear",
+            plus_one,
+            sign,
+            tissue_mask,
+        )
+    return _checked(fit, check)
+
+
+def _fit(
+    image: Tensor,
+    compute: torch.dtype,
+    io: float,
+    beta: float,
+    alpha: float,
+    min_tissue: float,
+    min_concentration: float,
+    linear: bool,
+    plus_one: bool,
+    sign: str,
+    tissue_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, pixels = image.shape[0], image.shape[2] * image.shape[3]
     x = image.detach().to(compute).reshape(n, 3, pixels)
     out_of_range = torch.zeros(n, dtype=torch.bool, device=image.device)
     if image.is_floating_point():
@@ -106,7 +141,7 @@ def macenko_fit_reference(
         (out_of_range, OUT_OF_RANGE),
     ):
         status = torch.where(condition, torch.full_like(status, code), status)
-    return _checked((stain.to(compute), top, status), check)
+    return stain.to(compute), top, status
 
 
 def principal_plane(covariance: Tensor, mean: Tensor, sign: str) -> tuple[Tensor, Tensor]:
@@ -161,7 +196,8 @@ def macenko_affine_reference(
         raise ValueError(f"max_concentration has the wrong dtype, {max_concentration.dtype}")
     target, target_top = target.to(stain_matrix), target_top.to(stain_matrix)
     ratio = target_top / max_concentration.clamp(min=1e-6)
-    matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
+    with without_autocast(stain_matrix.device):
+        matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
     return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
 
 
@@ -224,7 +260,7 @@ def macenko_fit(
         io: transmitted light intensity in grey levels.
         beta: pixels count as tissue where all three optical densities reach this.
         alpha: robust extremes of the stain angle at the alpha-th and (100 - alpha)-th percentile of the tissue, 0 to 50.
-        min_tissue: smaller fractions of tissue pixels give status 1, and so do fewer than three pixels.
+        min_tissue: smaller fractions of tissue pixels, 0 to 1, give status 1, and so do fewer than three pixels.
         min_concentration: a maximum concentration below this gives status 3.
         interpolation: of percentiles q of n values. ``nearest`` takes the element of rank round-half-even(q (n-1) / 100),
             counted from 0; ``linear`` goes between the two elements around that position, as numpy does.
@@ -286,6 +322,7 @@ def _fake(
 
 
 def _fake_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor) -> Tensor:
+    require_one_device(stain_matrix=stain_matrix, max_concentration=max_concentration)
     return stain_matrix.new_empty((stain_matrix.shape[0], 3, 4))
 
 

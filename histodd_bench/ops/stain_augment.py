@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from histodd_bench.ops._extension import build_info, use_compiled
+from histodd_bench.ops._extension import build_info, require_one_device, use_compiled, without_autocast
 
 IO = 240.0  # transmitted light, the Macenko convention
 WHITE = 255.0  # what lies outside the patch: glass
+_OUTSIDE = 1e6  # where a warp that is not finite samples
 
 
 def _result_dtype(image: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -22,6 +23,12 @@ def _refuse_other_gradients(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"stain_augment is differentiable in image and stain, not in {name}: detach it")
+
+
+def check_io(io: float) -> None:
+    """Refuse an ``io`` with which densities would not be finite in float32."""
+    if not 1e-6 < io < 1e9:
+        raise ValueError(f"io must be positive and of the order of grey levels, got {io}")
 
 
 def stain_augment_reference(
@@ -41,16 +48,17 @@ def stain_augment_reference(
         raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together")
+    check_io(io)
     _refuse_other_gradients(warp=warp, mean=mean, std=std)
     out_dtype = _result_dtype(image, dtype)
     compute = torch.float64 if image.dtype == torch.float64 or out_dtype == torch.float64 else torch.float32
-    kind = image.device.type
-    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+    with without_autocast(image.device):
         x = image.to(compute)
         if image.is_floating_point():
             x = x * 255.0
         if warp is not None and image.numel():
             grid = F.affine_grid(warp.to(compute), list(x.shape), align_corners=False)
+            grid = grid.nan_to_num(_OUTSIDE, _OUTSIDE, -_OUTSIDE)
             x = WHITE - F.grid_sample(WHITE - x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         if stain is not None:
             od = -torch.log((x + 1.0) / io)
@@ -84,7 +92,8 @@ def stain_augment(
         image: ``[N,3,H,W]`` uint8 in 0..255 or float64, float32, float16 or bfloat16 in [0, 1]; contiguous or
             channels_last (other strides are copied first). NaN stays NaN, in its pixel; outside [0, 1] the result means nothing.
         stain: ``[N,3,4]`` floating point, ``[A|b]`` in optical density, or None to leave the stains alone.
-        warp: ``[N,2,3]`` output-to-input map in normalised coordinates (``affine_grid``, align_corners=False), or None.
+        warp: ``[N,2,3]`` output-to-input map in normalised coordinates (``affine_grid``, align_corners=False), or None. Where
+            it is not finite it leads outside.
         mean, std: ``[3]`` channel statistics on the [0, 1] scale, both or neither.
         valid: ``[N]`` bool; where false the stain step is skipped exactly.
         io: transmitted light intensity in grey levels.
@@ -125,6 +134,7 @@ def _fake(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
+    require_one_device(image=image, stain=stain, warp=warp, mean=mean, std=std, valid=valid)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(image.shape, dtype=dtype, device=image.device, memory_format=layout)
 

@@ -43,6 +43,7 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
     if args.images and not args.images.is_dir():
         raise UsageError(f"--images {args.images} is not a folder")
     check_backends(args.backends or ())
+    check_used(args, tuple(dict.fromkeys(args.what)) or known)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -72,6 +73,22 @@ def run_profile(args: argparse.Namespace, threads: int) -> int:
     show(record)
     log(f"record: {out}")
     return 0
+
+
+def check_used(args: argparse.Namespace, what: tuple[str, ...]) -> None:
+    """Refuse options that nothing of ``what`` is measured by.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    patches = [name for name in what if name not in ("step", "gradient_distance")]
+    for option, value in (("--shapes", args.shapes), ("--dtypes", args.dtypes), ("--images", args.images)):
+        if value and not patches:
+            raise UsageError(
+                f"{option} is of patches, which {' and '.join(what)} {'does' if len(what) == 1 else 'do'} not take"
+            )
+    if args.backends and set(what) == {"step"}:
+        raise UsageError("--backends is of the operators: step measures compiled and reference")
 
 
 def check_backends(names: tuple[str, ...]) -> None:

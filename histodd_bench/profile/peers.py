@@ -30,6 +30,33 @@ def plain_stain_augment(image: Tensor, stain: Tensor, warp: Tensor | None, mean:
     return torch.addcmul((-mean / std)[:, None, None], moved, (1 / std)[:, None, None])
 
 
+def plain_normalise(image: Tensor, target: Tensor, top: Tensor) -> Tensor:
+    """Macenko's fit and normalisation as one would write them for a batch in PyTorch; no care is taken of blank patches.
+
+    ``image [N,3,H,W]`` uint8 or float in [0, 1], ``target [3,2]`` and ``top [2]``; float32 ``[N,3,H,W]`` in [0, 1].
+    """
+    n, _, h, w = image.shape
+    x = image.float() if image.dtype == torch.uint8 else image.float() * 255
+    od = torch.log(IO / (x + 1)).view(n, 3, -1)
+    tissue = (od >= 0.15).all(1)
+    count = tissue.sum(1)
+    kept = od * tissue[:, None]
+    mean = kept.sum(2) / count[:, None]
+    covariance = (kept @ kept.mT - count[:, None, None] * mean[:, :, None] * mean[:, None]) / (count - 1)[:, None, None]
+    plane = torch.linalg.eigh(covariance)[1][:, :, [2, 1]]
+    plane = plane * (mean[:, None] @ plane).sign()
+    along, across = (plane.mT @ od).unbind(1)
+    angles = torch.atan2(across, along).masked_fill(~tissue, torch.inf).sort(1)[0]
+    ranks = torch.stack([count - 1, 99 * (count - 1)], 1).div(100).round().long()
+    ends = angles.gather(1, ranks)
+    stain = plane @ torch.stack([ends.cos(), ends.sin()], 1)
+    stain = torch.where((stain[:, :1, :1] < stain[:, :1, 1:]), stain.flip(2), stain)
+    inverse = torch.linalg.pinv(stain)
+    most = torch.kthvalue(inverse @ od, round(0.99 * (h * w - 1)) + 1)[0]
+    moved = (target * (top / most)[:, None]) @ inverse @ od
+    return ((IO / 255) * torch.exp(-moved)).clamp(max=1).view(n, 3, h, w)
+
+
 def loop_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:
     """The layer-wise L1 distance as public distillation code has it: a loop over layers."""
     total = torch.zeros((), device=real[0].device)
@@ -49,6 +76,7 @@ def _torchstain() -> Normalise:
     normaliser = torchstain.normalizers.MacenkoNormalizer(backend="torch")
 
     def run(images: Tensor) -> Tensor:
+        normaliser.HERef, normaliser.maxCRef = (t.to(images.device) for t in (normaliser.HERef, normaliser.maxCRef))
         return torch.stack([normaliser.normalize(i, stains=False)[0] for i in images]).permute(0, 3, 1, 2)
 
     return run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from histodd_bench.profile.patches import from_folder, procedural
-from histodd_bench.profile.peers import IO, PACKAGES, loop_distance, plain_stain_augment
+from histodd_bench.profile.peers import IO, PACKAGES, loop_distance, plain_normalise, plain_stain_augment
 
 OPERATORS = ("stain_augment", "macenko_fit", "normalise", "gradient_distance")
 SHAPES = ((64, 64), (256, 64), (64, 224), (16, 256), (256, 256))  # patches, side
@@ -240,6 +240,7 @@ def normalise_problems(image: Tensor) -> Iterator[Problem]:
         Backend(COMPILED, MacenkoNormalizer().to(image.device).normalize, **common),  # type: ignore[arg-type]
         Backend(REFERENCE, reference, **common),  # type: ignore[arg-type]
         Backend("torch.compile", _compile(reference), **common),  # type: ignore[arg-type]
+        Backend("plain", lambda x: plain_normalise(x, *(t.float() for t in target)), **common),  # type: ignore[arg-type]
     ]
     if image.dtype == torch.uint8:  # what packages take
         for name, package in PACKAGES.items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from histodd_bench.environment import describe
+from histodd_bench.errors import UsageError
 from histodd_bench.profile.measure import (
     Steps,
     copy_bandwidth,
@@ -64,6 +65,10 @@ def measure(request: Request, log: Callable[[str], None]) -> dict[str, Any]:
     for problem in problems(operators, request.shapes, request.dtypes, device, request.images):
         log(f"{problem.operator}: {problem.title}")
         record["measurements"] += measure_problem(problem, device, request.seconds, request.backends, log)
+    if operators and not record["measurements"]:
+        raise UsageError(
+            f"--backends {','.join(request.backends)}: nothing computes {' or '.join(operators)} by that name here"
+        )
     if "step" in request.operators:
         from histodd_bench.profile.step import measure_step
 
@@ -109,9 +114,7 @@ def measure_problem(
     return rows
 
 
-def _fill(
-    row: dict[str, Any], problem: Problem, parts: list[list[float]], on_device: list[list[float]] | None
-) -> None:
+def _fill(row: dict[str, Any], problem: Problem, parts: list[list[float]], on_device: list[list[float]] | None) -> None:
     """Adds ``forward``, and ``backward`` and ``both``; bandwidth is by the device's own clock where it has one."""
     sizes = {"forward": problem.forward_bytes}
     if len(parts) == 2:
