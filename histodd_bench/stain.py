@@ -121,6 +121,15 @@ def describe(train: PatchSet) -> Preprocessing:
     return Preprocessing(channel_mean, channel_std)  # type: ignore[arg-type]
 
 
+def _tensor(images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images are torch tensors [N,3,H,W], got {type(images).__name__}: for arrays [N,H,W,3] "
+            "torch.from_numpy(images).permute(0, 3, 1, 2)"
+        )
+    return images
+
+
 class MacenkoNormalizer(nn.Module):
     """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched, differentiable, and usable as a module.
 
@@ -160,7 +169,7 @@ class MacenkoNormalizer(nn.Module):
         if isinstance(target, StainFit):
             found = target
         else:
-            found = self.definition.fit(target if target.ndim == 4 else target[None])
+            found = self.definition.fit(target if _tensor(target).ndim == 4 else target[None])
         if len(found.status) != 1:
             raise ValueError(f"the target is one image or one pool of patches, got {len(found.status)}")
         if int(found.status[0]) != OK:
@@ -172,7 +181,7 @@ class MacenkoNormalizer(nn.Module):
 
     def estimate(self, images: Tensor, check: bool = False) -> StainFit:
         """Detached fits of ``[N,3,H,W]``, to be kept and given to :meth:`normalize`; ``check`` raises on a wrong scale."""
-        return self.definition.fit(images, check)
+        return self.definition.fit(_tensor(images), check)
 
     def normalize(
         self,

@@ -363,3 +363,18 @@ def test_cuda_gathers_the_gradient_of_any_warp(compiled, matrix, size):
 def test_cuda_refuses_tensors_on_two_devices(compiled):
     with pytest.raises(ValueError, match="stain lies on cpu"):
         stain_augment_op(images().cuda(), stains())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_leads_absurd_warps_outside(compiled, dtype):
+    x = torch.full((1, 3, 64, 64), 0.5, dtype=dtype)
+    x[..., -1, -1] = torch.nan
+    away = torch.tensor([[[1.0, 0, 10], [0, 1, 10]]])
+    assert stain_augment_op(x.cuda(), warp=away.cuda()).eq(1).all()
+    x = torch.zeros_like(x).cuda().requires_grad_()
+    wild = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(1))
+    for scale in (1e4, 1e5, 1e6, 1e9, 1e20):
+        out = stain_augment_op(x.expand(200, 3, 64, 64), warp=(scale * wild).cuda())
+        assert (out >= 0).all() and torch.autograd.grad(out.sum(), x)[0].isfinite().all()

@@ -96,3 +96,17 @@ def test_preprocessing_normalises_channels() -> None:
     described = Preprocessing((0.5, 0.25, 0.75), (0.5, 0.25, 0.125))
     out = described(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1))
     torch.testing.assert_close(out.flatten(), torch.tensor([1.0, -1.0, -6.0]))
+
+
+def test_what_the_normaliser_refuses_is_named() -> None:
+    target = stained(1, 32)[0]
+    with pytest.raises(TypeError, match=r"images are torch tensors \[N,3,H,W\], got ndarray"):
+        MacenkoNormalizer().fit(target.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got ndarray"):
+        MacenkoNormalizer().normalize(target[None].numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"out_of_range; images are uint8, or float in \[0, 1\]"):
+        MacenkoNormalizer().fit(target.float())  # 0 to 255, as some packages take them
+    normaliser, levels = MacenkoNormalizer().fit(target), target[None].float()
+    torch.testing.assert_close(normaliser.normalize(levels), levels)
+    with pytest.raises(ValueError, match="images must lie in"):
+        normaliser.normalize(levels, check=True)
