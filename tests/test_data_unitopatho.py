@@ -183,5 +183,5 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(HistoddError, match="no folder 800 or 7000"):
         unitopatho.source("pt")(tmp_path, 0)
     (tmp_path / "800").mkdir()
-    with pytest.raises(HistoddError, match=r"train.csv cannot be read"):
+    with pytest.raises(HistoddError, match=r"train.csv is missing: .*the columns image_id"):
         unitopatho.source("pt")(tmp_path, 0)
