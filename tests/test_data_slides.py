@@ -155,7 +155,7 @@ def test_real_rejected_files_are_named_and_the_rest_goes_on(shared_data: Path, t
     outcome = prepare(slides.source(tmp_path, 0), Tiling(256, 1.0), 32, tmp_path / "o", progress=Progress.silent())
     assert {Path(name).name for name in outcome.failed} == {"kidney-48-5.tif", "smalltif.tif", "small_HE_levels.tiff"}
     notes = store.read_dataset(tmp_path / "o")["notes"]
-    assert len(notes) == 1 and notes[0].startswith("3 of 5 slides could not be used: ")
+    assert len(notes) == 2 and notes[1].startswith("3 of 5 slides could not be used: ")
     assert min(store.load(tmp_path / "o" / "train").class_counts()) > 4
 
 
@@ -186,7 +186,17 @@ def test_a_slide_that_is_not_there_and_one_listed_twice_are_said(tmp_path: Path)
     [
         (["image,label", "s0.tif,x"], "has no column 'slide'"),
         (["slide,label", "gone.tif,x"], "lists 1 slides and none is there"),
-        (["slide,label", "s0.tif,x"], "one class only"),
+        (["slide,label", "s0.tif,x"], "slides.csv has one class only"),
+        (
+            ["slide,label", "s0.tif,x", "s1,y"],
+            "slides.csv: 1 of 2 slides of slides.csv are not there: s1: s1 must be written with its ending, as s1.tif; "
+            "what is left has one class only",
+        ),
+        (["slide,label", "s0,x", "s1,y"], "lists 2 slides and none is there: s0 must be written .* as s0.tif"),
+        (
+            ["slide,label,patient", "s0.tif,x,p", "s1.tif,y,p", "gone.tif,y,q"],
+            "1 of 3 slides of slides.csv are not there: gone.tif; what is left has one patient only",
+        ),
         (["slide,label", "s0.tif,", "s1.tif,x"], "line 2: s0.tif has neither label nor annotation"),
         (["slide,label", ",x"], "line 2: no slide is named"),
         (
@@ -213,8 +223,56 @@ def test_tables_that_cannot_be_used(tmp_path: Path, rows: list[str], message: st
     assert "slides.csv" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("misnamed", "meant"),
+    [("patient_id", "patient"), ("PatientID", "patient"), ("Patient ID", "patient"), ("patients", "patient"), ("case", "patient"),
+     ("center", "centre"), ("centre_id", "centre"), ("labels", "label"), ("annotations", "annotation")],
+)  # fmt: skip
+def test_a_column_that_is_nearly_one_of_ours_is_refused(tmp_path: Path, misnamed: str, meant: str) -> None:
+    project(tmp_path)
+    text = (tmp_path / "slides.csv").read_text()
+    header = "slide,label,split,patient,centre"
+    if meant in header:
+        (tmp_path / "slides.csv").write_text(text.replace(meant, misnamed, 1))
+    else:
+        (tmp_path / "slides.csv").write_text(text.replace("\n", ",\n").replace(",\n", f",{misnamed}\n", 1))
+    with pytest.raises(HistoddError, match=rf"has a column '{misnamed.lower()}'.* rename it to '{meant}'"):
+        slides.source(tmp_path, 0)
+
+
+def test_other_columns_and_other_ways_to_write_them_are_fine(tmp_path: Path) -> None:
+    project(tmp_path)
+    plain = slides.source(tmp_path, 0)
+    text = (tmp_path / "slides.csv").read_text()
+    (tmp_path / "slides.csv").write_text(text.replace("slide,label,split,patient,", "Slide, LABEL ,split,Patient ,", 1))
+    assert slides.source(tmp_path, 0) == plain
+    more = text.replace("\n", ",,\n").replace(",,\n", ",patient_id,scanner\n", 1)
+    (tmp_path / "slides.csv").write_text(more)
+    assert slides.source(tmp_path, 0) == plain, "patient is there: patient_id beside it is somebody's own"
+    for separator in ";\t":
+        (tmp_path / "slides.csv").write_text(text.replace(",", separator), encoding="utf-8-sig")
+        assert slides.source(tmp_path, 0) == plain
+    (tmp_path / "slides.csv").write_text(text.replace("centre", "label", 1))
+    with pytest.raises(HistoddError, match="two columns 'label'"):
+        slides.source(tmp_path, 0)
+
+
+def test_slides_without_patients_are_a_warning(tmp_path: Path) -> None:
+    project(tmp_path)
+    assert not any("WARNING" in note for note in slides.source(tmp_path, 0).notes)
+    text = (tmp_path / "slides.csv").read_text()
+    (tmp_path / "slides.csv").write_text(text.replace(",p1,", ",,"))
+    assert slides.source(tmp_path, 0).notes == (
+        "WARNING: 1 slides have no patient in slides.csv and count as their own: s1.tif",
+    )
+    (tmp_path / "slides.csv").write_text(text.replace("patient", "scanner", 1))
+    found = slides.source(tmp_path, 0)
+    assert found.notes[0].startswith("WARNING: slides.csv names no patients: every slide counts as its own patient")
+    assert [job.patient for job in found.jobs] == [job.slide for job in found.jobs]
+
+
 def test_no_table_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(HistoddError, match=r"slides.csv cannot be read .*CSV in UTF-8"):
+    with pytest.raises(HistoddError, match=r"slides.csv is missing: .* with the columns slide .*label, split, patient"):
         slides.source(tmp_path, 0)
     (tmp_path / "slides.csv").write_bytes(b"slide,label\n\xff\xfe,x\n")
     with pytest.raises(HistoddError, match="cannot be read"):

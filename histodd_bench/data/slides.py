@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from histodd_bench.data.wsi import MPP_RANGE, SlideError
 from histodd_bench.errors import HistoddError
 
 FILE = "slides.csv"
+OPTIONAL = ("label", "split", "patient", "centre", "annotation", "outside", "mpp")
 TEST_FRACTION = 0.3
 TILING = Tiling(size=256, mpp=1.0)
 _NAMED = 5
+_NO_SLIDES = (".xml", ".geojson", ".json", ".csv", ".txt")  # what may lie beside a slide under its name
 
 
 def source(root: Path, seed: int) -> Source:
@@ -35,28 +38,33 @@ def source(root: Path, seed: int) -> Source:
         HistoddError: a table that cannot be used; the message names the line.
     """
     path = root / FILE
-    rows = read_table(path, ("slide",))
+    rows = read_table(path, ("slide",), optional=OPTIONAL)
     notes: list[str] = []
     rows = _without_repeats(rows, path, notes)
+    repeats = len(notes)
     found = [row for row in rows if (root / row["slide"]).is_file()]
-    if not found:
-        raise HistoddError(f"{path} lists {len(rows)} slides and none is there: paths must be relative to {root}")
     absent = [row["slide"] for row in rows if row not in found]
+    ending = _without_ending(root, absent)
+    if not found:
+        raise HistoddError(
+            f"{path} lists {len(rows)} slides and none is there{ending or f': paths must be relative to {root}'}"
+        )
     if absent:
-        notes.append(f"{len(absent)} of {len(rows)} slides of {FILE} are not there: {some(absent)}")
+        notes.append(f"{len(absent)} of {len(rows)} slides of {FILE} are not there: {some(absent)}{ending}")
     outlines = {row["slide"]: _outline_names(root, row, notes) for row in found}
+    left = f"{path}: {'; '.join(notes[repeats:])}; what is left" if len(notes) > repeats else str(path)
     found = [row for row in found if outlines[row["slide"]] is not None]
     classes = sorted({name for row in found for name in (outlines[row["slide"]] or ())})
     if len(classes) < 2:
         raise HistoddError(
-            f"{path} has one class only ({', '.join(classes) or 'none'}): a classifier needs at least two"
+            f"{left} has one class only ({', '.join(classes) or 'none'}): a classifier needs at least two"
         )
     index = {name: label for label, name in enumerate(classes)}
     centres = (
         tuple(sorted({row.get("centre") or "unknown" for row in found})) if any(r.get("centre") for r in found) else ()
     )
-    splits, note = _splits(found, path, [index[min(outlines[r["slide"]] or ())] for r in found], seed)
-    notes += note
+    splits, note = _splits(found, path, left, [index[min(outlines[r["slide"]] or ())] for r in found], seed)
+    notes += _unknown_patients(found) + note
     jobs = []
     for row, split in zip(found, splits, strict=True):
         annotated, label = bool(row.get("annotation")), row.get("label", "")
@@ -123,13 +131,38 @@ def _outline_names(root: Path, row: dict[str, str], notes: list[str]) -> set[str
     return (names | {outside}) - {""}
 
 
-def _splits(rows: list[dict[str, str]], path: Path, labels: list[int], seed: int) -> tuple[list[str], list[str]]:
+def _unknown_patients(rows: list[dict[str, str]]) -> list[str]:
+    unknown = [row["slide"] for row in rows if not row.get("patient")]
+    if len(unknown) == len(rows):
+        return [
+            f"WARNING: {FILE} names no patients: every slide counts as its own patient, so slides of one patient may be on "
+            "both sides of a split"
+        ]
+    if unknown:
+        return [f"WARNING: {len(unknown)} slides have no patient in {FILE} and count as their own: {some(unknown)}"]
+    return []
+
+
+def _without_ending(root: Path, absent: list[str]) -> str:
+    """Says so where a slide that is not there is the name of one that is, less its ending."""
+    for name in absent[:_NAMED]:
+        path = root / name
+        there = sorted(path.parent.glob(f"{escape(path.name)}.*"))
+        there = [p for p in there if p.is_file() and p.suffix.lower() not in _NO_SLIDES]
+        if there:
+            return f": {printable(name)} must be written with its ending, as {printable(there[0].name)}"
+    return ""
+
+
+def _splits(
+    rows: list[dict[str, str]], path: Path, left: str, labels: list[int], seed: int
+) -> tuple[list[str], list[str]]:
     given = [row.get("split", "").lower() for row in rows]
     patients = [row.get("patient") or row["slide"] for row in rows]
     if not any(given):
         names, groups = np.unique(patients, return_inverse=True)
         if len(names) < 2:
-            raise HistoddError(f"{path}: one patient only ({names[0]}): a split needs at least two")
+            raise HistoddError(f"{left} has one patient only ({names[0]}): a split needs at least two")
         test = draw_groups(np.array(labels), groups, TEST_FRACTION, seed)
         note = f"no split given: {int(test.sum())} of {len(names)} patients are the test set, drawn with seed {seed}"
         return ["test" if test[group] else "train" for group in groups], [note]
