@@ -3,18 +3,22 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from prepared_slides import fingerprints, prepared, silent
+from prepared_slides import SMALL, fingerprints, prepared, silent
+from slide_makers import slide
 from tiny_project import OPTIONS, program
 
 from histodd_bench import cli
 from histodd_bench.data import load_dataset, slides, store
+from histodd_bench.data.export import export_coordinates
 from histodd_bench.data.extract import extract, safe_name
-from histodd_bench.data.jobs import Tiling
+from histodd_bench.data.jobs import SlideJob, Source, Tiling
+from histodd_bench.data.prepared import prepare
 from histodd_bench.data.wsi import Slide
 from histodd_bench.errors import HistoddError
 
@@ -74,6 +78,23 @@ def test_coordinates_go_out_to_clam_and_come_back(slide_project: Path, prepared_
     back = Tiling(size=256, mpp=1.0, coordinates=str(tmp_path / "h5"))
     outcome = prepared(slide_project, tmp_path / "again", tiling=back)
     assert not outcome.failed and fingerprints(tmp_path / "again") == fingerprints(prepared_project)
+
+
+def test_coordinates_are_found_again_whatever_the_slide_is_called(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    names = {"test aé.tif": "test aé.tif", "normal_001": "Normal_001.tif", "TCGA-06-0001.0f2b.cafe": "TCGA-06-0001.0f2b.cafe.svs",
+             "old/TCGA-06-0001.17aa.svs": "TCGA-06-0001.17aa.svs", "x" * 100: "long.tif", "raw.weird": "raw.weird"}  # fmt: skip
+    jobs = tuple(
+        SlideJob(name, slide(tmp_path / file, seed=i), name, "test" if i == 5 else "train", label=i % 2)
+        for i, (name, file) in enumerate(names.items())
+    )
+    source = Source("slides", ("a", "b"), jobs)
+    prepare(source, SMALL, 64, tmp_path / "out", progress=silent())
+    assert export_coordinates(tmp_path / "out", tmp_path / "h5") == 6
+    assert {"test aé.h5", "TCGA-06-0001.0f2b.cafe.h5"} <= {path.name for path in (tmp_path / "h5").iterdir()}, "as CLAM"
+    again = replace(SMALL, coordinates=str(tmp_path / "h5"))
+    outcome = prepare(source, again, 64, tmp_path / "again", progress=silent())
+    assert not outcome.failed and fingerprints(tmp_path / "again") == fingerprints(tmp_path / "out")
 
 
 def test_foreign_coordinates_are_refused_with_the_reason(slide_project: Path, prepared_project: Path, tmp_path: Path) -> None:

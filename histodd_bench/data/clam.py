@@ -13,6 +13,7 @@ from histodd_bench.data.wsi import Slide, SlideError
 from histodd_bench.errors import HistoddError
 from histodd_bench.files import PARTIAL, writing
 
+_ENDINGS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm", ".czi", ".zvi")
 _TOLERANCE = 0.02  # of a patch's side
 _MOST = 20_000_000
 
@@ -24,6 +25,12 @@ def hdf5() -> Any:
     except ImportError:
         raise HistoddError("HDF5 files need h5py: pip install 'histodd-bench[data]'") from None
     return h5py
+
+
+def file_name(slide: str) -> str:
+    """Name of the file for a slide: the slide's, with its ending (where it has one: TCGA's names only look so) made h5."""
+    path = Path(slide)
+    return f"{path.stem if path.suffix.lower() in _ENDINGS else path.name}.h5"
 
 
 def read_coordinates(path: Path, slide: Slide, side: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from histodd_bench.data import store
-from histodd_bench.data.clam import write_coordinates
+from histodd_bench.data.clam import file_name, write_coordinates
 from histodd_bench.data.extract import safe_name
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.files import new_folder, write_text, writing
@@ -51,7 +51,7 @@ def export_images(root: Path, out: Path, progress: Any) -> int:
 
 
 def export_coordinates(root: Path, out: Path) -> int:
-    """Write ``<out>/<slide>.h5`` for every slide, as CLAM does. Returns how many were written.
+    """Write ``<out>/<slide>.h5`` for every slide, as CLAM does and ``--coords`` looks for. Returns how many were written.
 
     Raises:
         HistoddError: the dataset does not come from slides, or ``out`` cannot be written.
@@ -64,7 +64,7 @@ def export_coordinates(root: Path, out: Path) -> int:
         out.mkdir(parents=True, exist_ok=True)
     try:
         return _write_coordinates(root, out, facts, described["settings"]["tiling"])
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise HistoddError(f"{root / 'dataset.json'} is damaged ({error!r}): prepare the data set again") from None
 
 
@@ -78,9 +78,9 @@ def _write_coordinates(root: Path, out: Path, facts: dict[str, Any], tiling: dic
             corners = corners[np.lexsort((corners[:, 0], corners[:, 1]))]
             fact, level = facts[name], int(columns["level"][here[0]])
             size = round(tiling["size"] * tiling["mpp"] / (fact["mpp"] * fact["levels"][level][2]))
-            file = safe_name(Path(name).stem)
+            file = file_name(name)
             if file in written:
-                raise HistoddError(f"two slides are called {file}: CLAM's files cannot tell them apart")
+                raise HistoddError(f"two slides come to {file}: CLAM's files cannot tell them apart, rename one")
             written.add(file)
-            write_coordinates(out / f"{file}.h5", corners, name=name, level=level, size=size, levels=fact["levels"])
+            write_coordinates(out / file, corners, name=name, level=level, size=size, levels=fact["levels"])
     return len(written)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from histodd_bench.data.annotations import Polygon, coverage, read_annotation
+from histodd_bench.data.clam import file_name, read_coordinates
 from histodd_bench.data.images import Fit, UnreadableImage, printable, read_rgb, resize, square
 from histodd_bench.data.store import StoreWriter
 from histodd_bench.data.tissue import tissue_mask
@@ -105,7 +106,11 @@ class SlideJob:
         return digest([self.slide, described])
 
     def _coordinates(self, tiling: Tiling) -> Path | None:
-        return None if tiling.coordinates is None else Path(tiling.coordinates) / f"{self.path.stem}.h5"
+        if tiling.coordinates is None:
+            return None
+        folder = Path(tiling.coordinates)
+        ours, clams = folder / file_name(self.slide), folder / f"{self.path.stem}.h5"
+        return ours if ours.is_file() and not clams.is_file() else clams
 
     def plan(self, slide: Slide, tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
         """Patches to cut out of an open slide: corners ``[N,2]`` in level-0 pixels and labels ``[N]``, int64."""
@@ -113,8 +118,6 @@ class SlideJob:
         slide.level_for(tiling.mpp)  # refuses a slide that is too coarse
         coordinates = self._coordinates(tiling)
         if coordinates is not None:
-            from histodd_bench.data.clam import read_coordinates
-
             corners = read_coordinates(coordinates, slide, side)
         else:
             corners = slide.grid(tiling.size, tiling.mpp, tiling.stride)
