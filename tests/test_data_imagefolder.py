@@ -1,6 +1,7 @@
 """Anyone's folder of patches: two to many classes, messy files, groups, centres, splits."""
 
 import csv
+import unicodedata
 
 import numpy as np
 import pytest
@@ -72,6 +73,34 @@ def test_groups_and_centres(root):
     assert not any("WARNING" in note for note in ds.notes)
 
 
+@pytest.mark.parametrize("header", ["Path,Group", "path ,group ", "path;group", "PATH\tgroup", "path,group,scanner"])
+def test_group_files_may_be_written_in_several_ways(root, header):
+    separator = next(c for c in ",;\t" if c in header)
+    rows = [
+        f"{s}/{c}/{k}.png{separator} {s}{k % 2}"
+        for s, n in (("train", 4), ("test", 2))
+        for c in "abc"
+        for k in range(n)
+    ]
+    (root / "groups.csv").write_text("\n".join([header, *rows, ""]))
+    ds = load(root)
+    assert set(ds.train.group_names) == {"train0", "train1"} and not ds.notes
+
+
+def test_accents_may_be_written_in_two_ways(root):
+    composed, apart = (unicodedata.normalize(form, "größe é") for form in ("NFC", "NFD"))
+    assert composed != apart
+    save(root / "train" / "a" / f"{apart}.png", 7)
+    save(root / "train" / "b" / f"{composed}.png", 8)
+    groups_csv(
+        root, [(f"train/a/{composed}.png", "s1"), (f"train/b/{apart}.png", "s1")], ("path", "group"), encoding="utf-8"
+    )
+    ds = load(root)
+    (note,) = [note for note in ds.notes if "groups.csv" in note]
+    assert note.startswith("WARNING: 18 files are not in groups.csv")
+    assert [int((ds.train.groups == ds.train.group_names.index("s1")).sum())] == [2]
+
+
 def test_changed_groups_are_noticed(root):
     rows = [(f"{s}/{c}/{k}.png", f"{s}{k}") for s, n in (("train", 4), ("test", 2)) for c in "abc" for k in range(n)]
     groups_csv(root, rows, ("path", "group"))
@@ -102,6 +131,7 @@ def test_unlisted_files_are_counted(root):
         ("path,group\ntrain/a/0.png,s\ntrain/a/0.png,t\n", "line 3: train/a/0.png is listed twice"),
         (b"path,group\n\xff\xfe,s\n", "cannot be read"),
         ("", "no column"),
+        ("path,group,center\ntrain/a/0.png,s,x\n", "column 'center'.* rename it to 'centre'"),
     ],
 )
 def test_bad_group_files_are_named(root, text, message):

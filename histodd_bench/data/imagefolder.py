@@ -5,12 +5,13 @@ patient a file comes from. Without it every file is its own group. Without ``tes
 Images that are not square are cropped to their central square, then resized.
 """
 
-import csv
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from histodd_bench.data.csv_tables import read_table
 from histodd_bench.data.images import FileEntry, printable, write_stores
 from histodd_bench.data.listing import fingerprint, image_files, subfolders
 from histodd_bench.data.split import draw_groups
@@ -128,27 +129,17 @@ def _read_groups(root: Path, paths: list[Path]) -> tuple[dict[Path, tuple[str, s
             "WARNING: no groups.csv: every file counts as its own slide, so patches of one slide or patient may be on both sides of a split"
         ]
     listed: dict[PurePosixPath, tuple[str, str]] = {}
-    try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            missing = {"path", "group"} - set(rows.fieldnames or ())
-            if missing:
-                raise HistoddError(f"{source} has no column {min(missing)!r}: its first line must be path,group,centre")
-            for row in rows:
-                path, group = (row["path"] or "").strip(), (row["group"] or "").strip()
-                if not path or not group:
-                    raise HistoddError(f"{source}, line {rows.line_num}: path or group is empty")
-                key = PurePosixPath(path.replace("\\", "/"))
-                value = (group, (row.get("centre") or "").strip())
-                if listed.setdefault(key, value) != value:
-                    raise HistoddError(
-                        f"{source}, line {rows.line_num}: {path} is listed twice with different groups or centres"
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise HistoddError(
-            f"{source} cannot be read ({error}): it must be UTF-8 CSV with the columns path,group,centre"
-        ) from None
-    by_path = {path: listed.get(PurePosixPath(path.relative_to(root).as_posix())) for path in paths}
+    for row in read_table(source, ("path", "group"), optional=("centre",)):
+        path, group = row["path"], row["group"]
+        if not path or not group:
+            raise HistoddError(f"{source}, line {row['#line']}: path or group is empty")
+        value = (group, row.get("centre", ""))
+        if listed.setdefault(_spelled(path.replace("\\", "/")), value) != value:
+            raise HistoddError(
+                f"{source}, line {row['#line']}: {path} is listed twice with different groups or centres"
+            )
+    names = {path: _spelled(path.relative_to(root).as_posix()) for path in paths}
+    by_path = {path: listed.get(name) for path, name in names.items()}
     unlisted = [path for path, value in by_path.items() if value is None]
     if len(unlisted) == len(paths):
         raise HistoddError(f"{source} lists none of the {len(paths)} files: its paths must be relative to {root}")
@@ -158,10 +149,15 @@ def _read_groups(root: Path, paths: list[Path]) -> tuple[dict[Path, tuple[str, s
         notes.append(
             f"WARNING: {len(unlisted)} files are not in groups.csv (e.g. {first}) and count as slides of their own"
         )
-    extra = len(listed) - (len(paths) - len(unlisted))
+    extra = len(listed.keys() - set(names.values()))
     if extra:
         notes.append(f"groups.csv lists {extra} files that are not there")
     return {path: value or own[path] for path, value in by_path.items()}, notes
+
+
+def _spelled(path: str) -> PurePosixPath:
+    """A path with accents as one character each: macOS names files with two, where a table has one."""
+    return PurePosixPath(unicodedata.normalize("NFC", path))
 
 
 def _split(entries: list[FileEntry], root: Path, seed: int) -> tuple[dict[str, list[FileEntry]], str]:
