@@ -195,6 +195,26 @@ def test_messy_files(root):
     assert (values == 255).all(1).sum() == 1 and (values == 233).all(1).sum() == 1
 
 
+def test_links_to_folders_are_followed_but_not_around(root):
+    outside = root.parent / "slides"
+    (outside / "s1" / "deeper").mkdir(parents=True)
+    save(outside / "s1" / "x.png", 91)
+    save(outside / "s1" / "deeper" / "y.png", 92)
+    a = root / "train" / "a"
+    (a / "s1").symlink_to(outside / "s1")
+    (a / "again").symlink_to(outside / "s1" / "deeper")  # reached a second time below s1
+    (a / "up").symlink_to(a)
+    (a / "all").symlink_to(root)  # the other classes too
+    (outside / "s1" / "back").symlink_to(outside)
+    (root / "train" / "b" / "own").mkdir()
+    save(root / "train" / "b" / "own" / "z.png", 93)
+    (root / "train" / "b" / "a link").symlink_to("own")
+    ds = load(root)
+    assert ds.train.class_counts() == [6, 5, 4]
+    assert "train/b/own/z.png" in ds.train.group_names, "the folder itself goes before links to it"
+    assert set(ds.train.images[ds.train.labels == 0][:, 0, 0, 0].tolist()) == {0, 1, 2, 3, 91, 92}
+
+
 def test_a_class_without_a_readable_image(root):
     for path in (root / "train" / "b").iterdir():
         path.write_bytes(b"broken")

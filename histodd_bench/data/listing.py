@@ -17,12 +17,35 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Files inside, at any depth, sorted by path; hidden files and folders (``.DS_Store``, ``._x.png``) are left out."""
+    """Files inside, at any depth, sorted by path; hidden files and folders (``.DS_Store``, ``._x.png``) are left out.
+
+    Links to folders are followed, but for those that lead to a folder they lie in; a folder that is reached in several ways
+    is read once, and not by a link where there is a way without.
+    """
     found: list[str] = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    seen: set[str] = set()
+    starts = [str(folder)]
+    while starts:
+        links: list[str] = []
+        for start in starts:
+            for parent, folders, files in os.walk(start):
+                place = os.path.realpath(parent)
+                if place in seen:
+                    folders[:] = []
+                    continue
+                seen.add(place)
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                links += [
+                    path for name in folders if os.path.islink(path := os.path.join(parent, name)) and not _loops(path)
+                ]
+                found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+        starts = sorted(links)
     return [Path(path) for path in sorted(found)]
+
+
+def _loops(link: str) -> bool:
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
 
 
 def fingerprint(paths: Iterable[Path], root: Path) -> str:
