@@ -195,6 +195,23 @@ def test_messy_files(root):
     assert (values == 255).all(1).sum() == 1 and (values == 233).all(1).sum() == 1
 
 
+def test_what_is_no_image_does_not_change_the_split(tmp_path):
+    root = tmp_path / "set"
+    for c in range(2):
+        add(tmp_path, "set", f"c{c}", 10, 100 * c)
+    clean = load(root)
+    for c in range(2):
+        for name in ("Thumbs.db", "0.json", "desktop.ini", "NOTES.TXT", ".DS_Store"):
+            (root / f"c{c}" / name).write_bytes(b"no image")
+    ds = load(root)
+    assert [ds.train.fingerprint(), ds.test.fingerprint()] == [clean.train.fingerprint(), clean.test.fingerprint()]
+    assert [ds.train.group_names, ds.test.group_names] == [clean.train.group_names, clean.test.group_names]
+    assert any("of 20 groups are the test set" in note for note in ds.notes)
+    assert any(note.startswith("8 of 28 files skipped: c0/0.json (not an image)") for note in ds.notes)
+    drawn = ["c0/2.png", "c0/4.png", "c0/6.png", "c1/3.png", "c1/6.png", "c1/9.png"]
+    assert sorted(clean.test.group_names) == drawn, "the split of a clean folder is for good"
+
+
 def test_links_to_folders_are_followed_but_not_around(root):
     outside = root.parent / "slides"
     (outside / "s1" / "deeper").mkdir(parents=True)
@@ -231,7 +248,7 @@ def test_a_class_without_a_readable_image(root):
         (lambda root: add(root, "train", "only", 3), r"one class only \(only\) in .*set/train"),
         (
             lambda root: (add(root, "train", "a", 3), (root / "train" / "b").mkdir()),
-            "class folder .*set/train/b is empty",
+            "class folder .*set/train/b has no images",
         ),
         (lambda root: add(root, "test", "a", 3), "has test/ but no train/"),
         (

@@ -20,6 +20,11 @@ from histodd_bench.errors import HistoddError
 
 TEST_FRACTION = 0.3
 _VERSION = 1
+# Endings of what is left in folders of images. It is left out before the split is drawn, which would be another one with it.
+_NO_IMAGES = frozenset(
+    ".csv .db .doc .docx .geojson .gz .h5 .htm .html .ini .ipynb .json .lnk .log .md .npy .npz .ods .pdf .pkl .pt .py .rtf "
+    ".safetensors .tar .tex .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
+)
 
 
 def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:
@@ -40,10 +45,11 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     if "train" in by_name and others:
         notes.append(f"folders beside train and test are not used: {', '.join(map(printable, others))}")
 
-    classes, train = _class_files(train_root)
+    no_images: list[tuple[Path, str]] = []
+    classes, train = _class_files(train_root, no_images)
     test: list[tuple[Path, int]] = []
     if test_root is not None:
-        test_classes, test = _class_files(test_root)
+        test_classes, test = _class_files(test_root, no_images)
         unknown = sorted(set(test_classes) - set(classes))
         if unknown:
             raise HistoddError(
@@ -85,10 +91,11 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
             image_size=image_size,
             fit="crop",
             workers=workers,
+            skipped=no_images,
             progress=progress,
         )
 
-    files = [path for path, _ in train + test] + [root / "groups.csv"]
+    files = [path for path, _ in train + test] + [root / "groups.csv"] + [path for path, _ in no_images]
     key = {
         "adapter": f"imagefolder {_VERSION}",
         "classes": classes,
@@ -100,8 +107,8 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     return cached_dataset(cache, "imagefolder", key, False, build, progress)
 
 
-def _class_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names and (path, label) of every file in the class folders."""
+def _class_files(folder: Path, no_images: list[tuple[Path, str]]) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names and (path, label) of every file in the class folders; adds to ``no_images`` what takes no part."""
     folders = subfolders(folder)
     if not folders:
         raise HistoddError(
@@ -114,9 +121,11 @@ def _class_files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
     found = []
     for label, class_folder in enumerate(folders):
         files = image_files(class_folder)
-        if not files:
-            raise HistoddError(f"class folder {printable(class_folder)} is empty: add images or remove the folder")
-        found += [(path, label) for path in files]
+        images = [path for path in files if path.suffix.lower() not in _NO_IMAGES]
+        if not images:
+            raise HistoddError(f"class folder {printable(class_folder)} has no images: add some or remove the folder")
+        found += [(path, label) for path in images]
+        no_images += [(path, "not an image") for path in sorted(set(files) - set(images))]
     return [printable(folder.name) for folder in folders], found
 
 
