@@ -212,6 +212,55 @@ def test_what_is_no_image_does_not_change_the_split(tmp_path):
     assert sorted(clean.test.group_names) == drawn, "the split of a clean folder is for good"
 
 
+@pytest.fixture
+def flat(tmp_path):
+    for c in range(2):
+        add(tmp_path, "flat", f"c{c}", 10, 100 * c)
+    return tmp_path / "flat"
+
+
+def test_results_inside_the_data_are_no_class(flat):
+    clean = load(flat)
+    (flat / "runs" / "table1" / "sheets").mkdir(parents=True)
+    (flat / "runs" / "table1" / ".lock").touch()
+    started = load(flat)
+    save(flat / "runs" / "table1" / "sheets" / "s0.png", 9)
+    (flat / "runs" / "table1" / "plan.json").write_text("{}")
+    (flat / "runs" / "profile").mkdir()
+    (flat / "runs" / "profile" / "cpu.json").write_text("{}")
+    (flat / "shared" / "ours" / "patches" / "c0").mkdir(parents=True)
+    (flat / "shared" / "ours" / "card.json").write_text("{}")
+    save(flat / "shared" / "ours" / "patches" / "c0" / "0000.png", 9)
+    (flat / "c1" / "stains").mkdir()
+    (flat / "c1" / "stains" / "stains.csv").touch()
+    save(flat / "c1" / "stains" / "stains.png", 9)
+    ds = load(flat, cache=flat / "cache")
+    again = load(flat, cache=flat / "cache")
+    for found in (started, ds, again):
+        assert [found.train.fingerprint(), found.test.fingerprint()] == [
+            clean.train.fingerprint(),
+            clean.test.fingerprint(),
+        ]
+    assert "1 folders that this program wrote are not used: runs" in started.notes
+    assert "3 folders that this program wrote are not used: c1/stains, runs, shared" in ds.notes
+    assert "4 folders that this program wrote are not used: c1/stains, cache, runs, shared" in again.notes
+
+
+def test_a_dataset_json_of_somebody_else_s_marks_nothing(flat):
+    (flat / "c0" / "dataset.json").write_text('{"source": "elsewhere"}')
+    assert load(flat).train.classes == ("c0", "c1")
+
+
+def test_results_among_the_classes_are_refused(flat, root):
+    for folder in (flat, root):
+        (folder / ".lock").touch()
+        (folder / "sheets").mkdir()
+        save(folder / "sheets" / "s0.png", 9)
+    with pytest.raises(HistoddError, match=r"flat holds results of this program .* move .lock, sheets away and choose"):
+        load(flat)
+    assert load(root).train.classes == ("a", "b", "c"), "beside train and test they do no harm"
+
+
 def test_links_to_folders_are_followed_but_not_around(root):
     outside = root.parent / "slides"
     (outside / "s1" / "deeper").mkdir(parents=True)

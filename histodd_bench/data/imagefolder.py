@@ -14,6 +14,8 @@ import numpy as np
 from histodd_bench.data.csv_tables import read_table
 from histodd_bench.data.images import FileEntry, printable, write_stores
 from histodd_bench.data.listing import fingerprint, image_files, subfolders
+from histodd_bench.data.prepared import is_prepared
+from histodd_bench.data.slides import some
 from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import Dataset, cached_dataset
 from histodd_bench.errors import HistoddError
@@ -22,9 +24,12 @@ TEST_FRACTION = 0.3
 _VERSION = 1
 # Endings of what is left in folders of images. It is left out before the split is drawn, which would be another one with it.
 _NO_IMAGES = frozenset(
-    ".csv .db .doc .docx .geojson .gz .h5 .htm .html .ini .ipynb .json .lnk .log .md .npy .npz .ods .pdf .pkl .pt .py .rtf "
+    ".csv .db .doc .docx .geojson .gz .h5 .htm .html .ini .ipynb .json .lnk .lock .log .md .npy .npz .ods .pdf .pkl .pt .py .rtf "
     ".safetensors .tar .tex .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
 )
+# Files that mark a folder this program wrote, and what it writes into a folder of results.
+_WRITTEN = frozenset((".lock", ".collecting.lock", "plan.json", "card.json", "stains.csv"))
+_RESULTS = (".lock", "plan.json", "records", "sets", "sheets", "slides", "stains", "work")
 
 
 def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:
@@ -45,17 +50,28 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     if "train" in by_name and others:
         notes.append(f"folders beside train and test are not used: {', '.join(map(printable, others))}")
 
+    if "train" not in by_name and any((root / name).exists() for name in _RESULTS[:2]):
+        results = [name for name in _RESULTS if (root / name).exists()]
+        raise HistoddError(
+            f"{root} holds results of this program among its classes: move {', '.join(results)} away and choose another --out"
+        )
+
     no_images: list[tuple[Path, str]] = []
-    classes, train = _class_files(train_root, no_images)
+    written: list[Path] = []
+    classes, train = _class_files(train_root, no_images, written)
     test: list[tuple[Path, int]] = []
     if test_root is not None:
-        test_classes, test = _class_files(test_root, no_images)
+        test_classes, test = _class_files(test_root, no_images, written)
         unknown = sorted(set(test_classes) - set(classes))
         if unknown:
             raise HistoddError(
                 f"{test_root}: class {unknown[0]!r} is not in {train_root}: classes must have the same names in both"
             )
         test = [(path, classes.index(test_classes[label])) for path, label in test]
+
+    if written:
+        names = [str(path.relative_to(root)) for path in sorted(written)]
+        notes.append(f"{len(names)} folders that this program wrote are not used: {some(names)}")
 
     table, group_notes = _read_groups(root, [path for path, _ in train + test])
     notes += group_notes
@@ -107,26 +123,46 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     return cached_dataset(cache, "imagefolder", key, False, build, progress)
 
 
-def _class_files(folder: Path, no_images: list[tuple[Path, str]]) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names and (path, label) of every file in the class folders; adds to ``no_images`` what takes no part."""
-    folders = subfolders(folder)
-    if not folders:
+def _class_files(
+    folder: Path, no_images: list[tuple[Path, str]], written: list[Path]
+) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names and (path, label) of every image in the class folders.
+
+    Adds to ``no_images`` the files, and to ``written`` the folders, that take no part. A folder with nothing else is no class.
+    """
+    classes: list[str] = []
+    found: list[tuple[Path, int]] = []
+    for class_folder in subfolders(folder):
+        ours: list[Path] = []
+
+        def leave_out(part: Path, names: list[str], ours: list[Path] = ours) -> bool:
+            if is_ours := _is_ours(part, names):
+                ours.append(part)
+            return is_ours
+
+        files = image_files(class_folder, leave_out)
+        images = [path for path in files if path.suffix.lower() not in _NO_IMAGES]
+        if ours and not images:
+            written.append(class_folder)
+            continue
+        if not images:
+            raise HistoddError(f"class folder {printable(class_folder)} has no images: add some or remove the folder")
+        written += ours
+        found += [(path, len(classes)) for path in images]
+        no_images += [(path, "not an image") for path in sorted(set(files) - set(images))]
+        classes.append(printable(class_folder.name))
+    if not classes:
         raise HistoddError(
             f"no class folders in {printable(folder)}: expected {printable(folder)}/<class>/<image files>"
         )
-    if len(folders) == 1:
-        raise HistoddError(
-            f"one class only ({printable(folders[0].name)}) in {printable(folder)}: a classifier needs at least two"
-        )
-    found = []
-    for label, class_folder in enumerate(folders):
-        files = image_files(class_folder)
-        images = [path for path in files if path.suffix.lower() not in _NO_IMAGES]
-        if not images:
-            raise HistoddError(f"class folder {printable(class_folder)} has no images: add some or remove the folder")
-        found += [(path, label) for path in images]
-        no_images += [(path, "not an image") for path in sorted(set(files) - set(images))]
-    return [printable(folder.name) for folder in folders], found
+    if len(classes) == 1:
+        raise HistoddError(f"one class only ({classes[0]}) in {printable(folder)}: a classifier needs at least two")
+    return classes, found
+
+
+def _is_ours(folder: Path, names: list[str]) -> bool:
+    """Whether a folder holds a run, a saved set, a report of stains, or a prepared or cached dataset."""
+    return not _WRITTEN.isdisjoint(names) or ("dataset.json" in names and is_prepared(folder))
 
 
 def _read_groups(root: Path, paths: list[Path]) -> tuple[dict[Path, tuple[str, str]], list[str]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from histodd_bench.errors import HistoddError
@@ -16,11 +16,14 @@ def subfolders(folder: Path) -> list[Path]:
         raise HistoddError(f"cannot list {folder}: {error.strerror or error}") from None
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, leave_out: Callable[[Path, list[str]], bool] = lambda folder, files: False) -> list[Path]:
     """Files inside, at any depth, sorted by path; hidden files and folders (``.DS_Store``, ``._x.png``) are left out.
 
     Links to folders are followed, but for those that lead to a folder they lie in; a folder that is reached in several ways
     is read once, and not by a link where there is a way without.
+
+    Args:
+        leave_out: called with every folder and the names of its files; True leaves out the folder and all that is in it.
     """
     found: list[str] = []
     seen: set[str] = set()
@@ -30,7 +33,7 @@ def image_files(folder: Path) -> list[Path]:
         for start in starts:
             for parent, folders, files in os.walk(start):
                 place = os.path.realpath(parent)
-                if place in seen:
+                if place in seen or leave_out(Path(parent), files):
                     folders[:] = []
                     continue
                 seen.add(place)
