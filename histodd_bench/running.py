@@ -47,12 +47,10 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             found = obstacle(table, request, _load(request, progress))
             if found:
                 raise HistoddError(f"{table.name}: {found}")
-            results.write_plan(out, table.name, {request.dataset: {"ipc": request.ipc, "methods": request.methods}})
             runner.run(request, table, progress)
     else:
         for request in requests:
-            results.write_plan(out, table.name, {request.dataset: _asked(request)})
-            current = experiment.Experiment(request, progress)
+            current = experiment.Experiment(request, progress)  # refuses what the data cannot give: not planned then
             todo = experiment.cells(request)
             _announce(request, progress, len(todo), request.dataset)
             progress.log(current.budget())

@@ -45,6 +45,16 @@ def test_fewer_patches_than_ipc_names_class_and_counts(folders, tmp_path, capsys
     assert not list((tmp_path / "out").glob("records/*"))
 
 
+def test_a_refused_run_leaves_no_row_in_later_tables(folders, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    refused(capsys, *command(folders["data"], out, ipc="6"))
+    assert results.read_plan(out) == {}
+    assert cli.main(command(folders["data"], out, "--methods", "random", ipc="2", seeds="1")) == 0
+    plan = results.read_plan(out)
+    refused(capsys, *command(folders["data"], out, "--methods", "random,herding", ipc="2,6"))
+    assert plan["table1"]["imagefolder"]["ipc"] == [2] and results.read_plan(out) == plan
+
+
 def test_one_class_only(tmp_path, capsys) -> None:
     code, line = refused(capsys, *command(write_imagefolder(tmp_path / "data", train=(5,)), tmp_path / "out"))
     assert code == 1 and "class0" in line

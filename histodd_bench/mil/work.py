@@ -61,9 +61,10 @@ def make_sets(
 
 
 def plan_cells(current: Any, todo: Sequence[Any], table: SlideTable, request: Request) -> None:
-    """Remember which records the table asked for, and where they stand in it."""
+    """Remember what was asked of the table: budgets and methods, its records, and where they stand in it."""
     places = {results.key_of(current.cell_config(cell)): [list(current.place(cell))] for cell in todo}
-    results.write_plan(request.out, table.name, {request.dataset: {"cells": places}})
+    asked = {"ipc": request.ipc, "methods": request.methods, "cells": places}
+    results.write_plan(request.out, table.name, {request.dataset: asked})
 
 
 def run_cells(
