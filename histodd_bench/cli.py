@@ -14,13 +14,12 @@ from histodd_bench.files import cache_folder
 from histodd_bench.interrupt import EXIT, prompt_exit
 from histodd_bench.options import make_parser
 from histodd_bench.sharing_cli import run_export, run_import, run_leakage
+from histodd_bench.show_cli import FORMATS, run_show, write_tables
 from histodd_bench.workers import MOST_WORKERS, cores
 
 if TYPE_CHECKING:
     from histodd_bench.experiment import Request
     from histodd_bench.tables import Table
-
-FORMATS = ("rich", "markdown", "latex", "csv", "json")
 
 
 def _data_roots(given: "Sequence[str]", names: "Sequence[str]") -> dict[str, Path | None]:
@@ -143,73 +142,15 @@ def _run(args: argparse.Namespace) -> int:
                 asked = possible(table, asked, progress)
             if asked:
                 run_table(table, asked, out, progress)
-                _write_tables(table, out)
+                write_tables(table, out)
                 finished.append(table)
     files = ", ".join(f"{finished[0].name}.{suffix}" for suffix in ("md", "tex", "csv"))
     print(f"{out}: {files}; records/ one per cell, sets/ the patches, sheets/ their pictures; 'report {out}' makes a page of it",
           file=sys.stderr)  # fmt: skip
     for table in finished:
         shown = args.dataset if table.kind in ("cells", "slides") else None
-        _show(argparse.Namespace(table=table.name, out=out, format="rich", predictions=False, dataset=shown,
-                                 methods=None, archs=None, ipc=None))  # fmt: skip
-    return 0
-
-
-def _write_tables(table: "Table", out: Path) -> None:
-    """Markdown, LaTeX and CSV files of everything that ``out`` holds of a table."""
-    from histodd_bench import layout, render, results
-    from histodd_bench.files import write_text
-
-    records, _ = results.read_records(out)
-    plan = results.read_plan(out)
-    made = layout.grids(table, records, plan.get(table.name), results.claimed(plan, but=table.name))
-    for name, suffix in render.FILES.items():
-        write_text(out / f"{table.name}.{suffix}", render.FORMATS[name](made))
-
-
-def _show(args: argparse.Namespace) -> int:
-    from histodd_bench.tables import get_table
-
-    table = get_table(args.table)
-    if args.format not in FORMATS:
-        raise unknown_name("format", args.format, FORMATS)
-    if args.predictions and args.format != "json":
-        raise UsageError("--predictions is for --format json: tables show none")
-    out = args.out or Path("runs") / table.name
-
-    from histodd_bench import layout, render, results
-
-    if not out.is_dir():
-        raise HistoddError(f"no results in {out}: 'run {table.name}' computes them, --out names another folder")
-    records, ignored = results.read_records(out)
-    for line in ignored:
-        print(line, file=sys.stderr)
-    whole_plan = results.read_plan(out)
-    plan: dict[str, Any] = dict(whole_plan.get(table.name, {}))
-    if args.ipc:
-        plan = {name: {**asked, "ipc": list(args.ipc)} for name, asked in plan.items()}
-    archs = {a.partition(":")[0] for a in args.archs or ()}
-    records = [
-        r
-        for r in records
-        if (not args.dataset or r["dataset"] in args.dataset)
-        and (not args.methods or r["method"] in (*args.methods, "none"))
-        and (not archs or r["arch"] in archs)
-        and (not args.ipc or r["ipc"] is None or r["ipc"] in args.ipc)
-    ]
-    if args.format == "json":
-        print(render.as_json(records, predictions=args.predictions), end="")
-        return 0
-    made = layout.grids(table, records, plan, results.claimed(whole_plan, but=table.name))
-    if not made:
-        print(f"no results in {out} yet: 'run {table.name}' computes them", file=sys.stderr)
-        return 0
-    if args.format == "rich" and sys.stdout.isatty():
-        import shutil
-
-        print(render.rich(made, width=max(shutil.get_terminal_size().columns, 60), colour=True), end="")
-    else:
-        print(render.FORMATS[args.format](made), end="")
+        run_show(argparse.Namespace(table=table.name, out=out, format="rich", predictions=False, dataset=shown,
+                                    methods=None, archs=None, ipc=None))  # fmt: skip
     return 0
 
 
@@ -339,7 +280,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
-    "show": _show,
+    "show": run_show,
     "list": _list,
     "distill": _make,
     "distill-slides": _distill_slides,

@@ -220,6 +220,36 @@ def test_show_changes_nothing_and_invents_nothing(tmp_path: Path, capsys: pytest
     assert code == 0 and out == "" and "no results" in err and not list(tmp_path.iterdir())
 
 
+def test_show_leaves_out_what_it_is_not_asked_for(tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Herding is missing, Random and Full are there: as long as nobody asks for them, none of them looks missing."""
+    shown = ("show", "--format", "csv", "--out", str(tiny["out"]))
+    _, out, _ = run(capsys, *shown)
+    whole = [line for line in out.splitlines() if ",Histo-DD," in line]
+    code, out, _ = run(capsys, *shown, "--methods", "histodd")
+    assert code == 0 and "Accuracy %" in out and set(out.splitlines()[1:]) <= set(whole)
+    _, out, _ = run(capsys, *shown, "--methods", "histodd,herding")
+    assert ",Herding,ours,,,0," in out and "Random" not in out and "Full" not in out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--methods", "random,herdin"), "unknown method 'herdin': did you mean 'herding'?"),
+        (("--dataset", "imagefoldr"), "unknown dataset 'imagefoldr': did you mean 'imagefolder'?"),
+        (("--archs", "convnet-d4:8"), "unknown model 'convnet-d4': did you mean 'convnet-d3'?"),
+    ],
+)
+def test_show_refuses_unknown_names(
+    given: tuple[str, ...], says: str, tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ("markdown", "json"):
+        code, out, err = run(capsys, "show", "--out", str(tiny["out"]), "--format", form, *given)
+        assert code == 2 and out == "" and says in err
+    for known in (("--methods", "gradmatch"), ("--dataset", "idc"), ("--archs", "clam-sb")):
+        code, out, err = run(capsys, "show", "--out", str(tiny["out"]), *known)
+        assert code == 0 and ("Gradient match" in out or f"no such results in {tiny['out']} yet" in err)
+
+
 def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [
         "--dataset",
