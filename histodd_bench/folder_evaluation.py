@@ -4,12 +4,15 @@ from pathlib import Path
 
 from histodd_bench import layout, results, sets
 from histodd_bench.experiment import Experiment, Made
+from histodd_bench.leakage import identical
 from histodd_bench.request import Cell
 from histodd_bench.tables import TABLES, Table
 
 
 def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.Record], list[layout.Grid]]:
     """Train on the set in ``folder`` with every network and evaluation seed, and keep one record for each.
+
+    Says how many of its patches are test patches, should there be any.
 
     Returns:
         The records, and their table with the metrics of Table 1.
@@ -19,6 +22,12 @@ def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.
     """
     request = experiment.request
     patches = sets.load_any(folder, experiment.dataset.train.classes, request.image_size)
+    seen = identical(patches, experiment.dataset.test)
+    if seen:
+        experiment.progress.log(
+            f"{seen} of the {len(patches)} patches in {folder} are identical to test patches of {request.dataset}: "
+            "what was trained on cannot be scored on, leave those out of the set"
+        )
     smallest = min(patches.class_counts())
     ipc = smallest if smallest == max(patches.class_counts()) else None
     made = Made(patches, folder.name, {})

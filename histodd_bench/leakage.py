@@ -11,7 +11,8 @@ of a patch (see :data:`VIEWS`), over the eight flips and quarter turns:
   patch guesses that it was used where it is near; the area under the curve is 0.5 where the set tells nothing.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError
+from histodd_bench.sets import to_uint8
 
 LARGEST_SIDE = 32  # patches are averaged down to this for comparison
 _CHUNK = 1024
@@ -181,6 +183,18 @@ def _area(members: Tensor, others: Tensor) -> float:
 
     labels = torch.cat([torch.ones(len(members)), torch.zeros(len(others))])
     return float(roc_auc_score(labels.numpy(), -torch.cat([members, others]).numpy()))
+
+
+def identical(made: PatchSet, others: PatchSet) -> int:
+    """How many patches of a set are, pixel by pixel as bytes and whatever their labels, also among others of the same size."""
+    known = set(_hashes(others))
+    return sum(h in known for h in _hashes(made))
+
+
+def _hashes(patches: PatchSet) -> Iterator[bytes]:
+    for start in range(0, len(patches), _CHUNK):
+        for image in to_uint8(patches.images[start : start + _CHUNK]):
+            yield hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
 
 
 def as_record(found: list[Leakage]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,7 +298,23 @@ def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, caps
         "--out",
         str(tmp_path / "scores"),
     )
-    assert code == 0 and "Accuracy %" in out, err
+    assert code == 0 and "Accuracy %" in out and "identical" not in err, err
+
+
+def test_evaluate_says_which_patches_of_a_set_are_test_patches(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where both are made smaller, as they are evaluated."""
+    mixed = tmp_path / "mixed"
+    for label in ("class0", "class1"):
+        shutil.copytree(tiny["data"] / "train" / label, mixed / label)
+    for i in range(3):
+        shutil.copy(tiny["data"] / "test" / "class0" / f"{i:03d}.png", mixed / "class0" / f"test-{i}.png")
+    code, _, err = run(capsys, "evaluate", str(mixed), "--dataset", "imagefolder", "--data-root", str(tiny["data"]),
+                       "--eval-seeds", "1", "--out", str(tmp_path / "scores"), "--archs", "convnet-d3:8", "--image-size", "12",
+                       *without(OPTIONS, "--archs", "--distill-arch", "--image-size"))  # fmt: skip
+    assert code == 0, err
+    assert f"3 of the 27 patches in {mixed} are identical to test patches of imagefolder" in err
 
 
 def test_distill_and_select_know_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from tiny_project import OPTIONS, without, write_imagefolder
 from histodd_bench import cli
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError
-from histodd_bench.leakage import measure
+from histodd_bench.leakage import identical, measure
 
 
 def noise(n: int, seed: int, size: int = 16) -> PatchSet:
@@ -35,6 +35,15 @@ def test_copies_are_found_also_turned_and_stained_anew() -> None:
     assert structure.to_training < 0.01 < structure.held_out
     assert colours.to_training > 0.05, "their colours are others"
     assert colours.begun == 1.0, "and still nothing is nearer"
+
+
+def test_identical_patches_are_counted_exactly() -> None:
+    mixed = [*HELD_OUT.images[[5, 5, 11]], *TRAINING.images[:4]]
+    made = PatchSet(torch.stack(mixed), torch.tensor([0, 1] * 3 + [0]), torch.zeros(7, dtype=torch.int64), ("a",), CLASSES)
+    assert identical(made, HELD_OUT) == 3, "whatever their labels"
+    assert identical(as_float(made, list(range(7)), lambda x: x), HELD_OUT) == 3, "as floats too"
+    one_off = as_float(HELD_OUT, [0, 1], lambda x: x + (torch.arange(16) == 0) * 1.01 / 255)
+    assert identical(one_off, HELD_OUT) == 0 and identical(TRAINING, HELD_OUT) == 0
 
 
 def test_patches_of_others_give_nothing_away() -> None:
