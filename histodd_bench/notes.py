@@ -46,10 +46,13 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
     whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
     selection = part["distill_seed"].dropna().nunique()
-    notes.append(
-        f"mean ± standard deviation (n) over at most {selection} selection or distillation seeds x "
-        f"{part['eval_seed'].nunique()} evaluation seeds{whole}. - = not computed yet."
+    seeds = f"{part['eval_seed'].nunique()} evaluation seeds"
+    over = (
+        f"{selection} selection or distillation seeds x {seeds}{whole}"
+        if selection
+        else f"{seeds}; selection and distillation seeds do not apply, since nothing is selected or distilled here"
     )
+    notes.append(f"mean ± standard deviation (n) over at most {over}. - = not computed yet.")
     notes.append("Ratio % = images per class x classes / training patches. Best method with a budget in bold.")
     if intervals:
         notes.append(

@@ -299,6 +299,8 @@ def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, caps
         str(tmp_path / "scores"),
     )
     assert code == 0 and "Accuracy %" in out and "identical" not in err, err
+    assert "over at most 1 evaluation seeds; selection and distillation seeds do not apply" in out
+    assert "Full has evaluation seeds only" not in out, "there is no such column"
 
 
 def test_evaluate_says_which_patches_of_a_set_are_test_patches(
