@@ -211,6 +211,8 @@ def run_sequence(sequence: TaskSequence) -> int:
                 run_parallel(
                     experiment.request, [*networks, *wanted], request.workers, progress, lambda: task.advance()
                 )
+    for experiment in sequence.experiments:
+        experiment.processes = 1  # from here on
     with progress.task("trainings on memories", len(sequence.cells()), len(sequence.cells()) - len(todo)) as task:
         for cell, stages in todo:
             results.write_record(out, sequence.record(cell, stages))

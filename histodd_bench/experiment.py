@@ -52,6 +52,7 @@ class Experiment:
 
     def __init__(self, request: Request, progress: Progress) -> None:
         self.request, self.progress = request, progress
+        self.processes = request.workers  # that compute at once, as records say; who computes alone sets 1
         self.device = configure(request.device, request.threads)
         name, part = split_name(request.dataset)
         self.dataset = load_dataset(
@@ -358,7 +359,7 @@ class Experiment:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Where a record was computed."""
-        return {**environment.describe(self.device), "workers": self.request.workers}
+        return {**environment.describe(self.device), "workers": self.processes}
 
 
 def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
@@ -388,6 +389,7 @@ def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
             work = pieces(missing, experiment.pool_recipe.networks, experiment.set_key)
             run_parallel(request, work, request.workers, progress, lambda: task.advance())
         else:
+            experiment.processes = 1
             for cell in missing:
                 results.write_record(out, experiment.cell(cell))
                 task.advance()

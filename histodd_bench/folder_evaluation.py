@@ -20,7 +20,7 @@ def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.
     Raises:
         HistoddError: see :func:`histodd_bench.sets.load_any`.
     """
-    request = experiment.request
+    request, experiment.processes = experiment.request, 1
     patches = sets.load_any(folder, experiment.dataset.train.classes, request.image_size)
     seen = identical(patches, experiment.dataset.test)
     if seen:

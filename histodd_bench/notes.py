@@ -60,10 +60,12 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
             f"{bootstrap.DRAWS} times, the same for both; seeds as they are]. The best coreset is the one with the highest mean on "
             "these test patches, which favours the coresets."
         )
-    devices = sorted({_device(r["environment"]) for r in records})
+    devices = sorted({_device(table, r["environment"]) for r in records})
     notes.append(
         f"Times on {'; '.join(devices)}: the median epoch after the first, loading included; (xN) = N times less than Full."
     )
+    if any(m.key == "metrics.epoch_seconds" for m in table.metrics) and any(_beside(table, r["environment"]) for r in records):
+        notes.append(SIDE_BY_SIDE)
     if "derived.epochs_to_pay" in {m.key for m in table.metrics}:
         notes.append(
             "Epochs after which it has paid for itself: making the set, its networks included, over the time it saves in every "
@@ -146,7 +148,25 @@ def epoch_costs(part: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _device(environment: dict[str, object]) -> str:
-    side = environment.get("workers")
-    beside = f", {side} processes side by side" if isinstance(side, int) and side > 1 else ""
+# Said wherever times per epoch are shown that were not taken alone.
+SIDE_BY_SIDE = (
+    "Times were taken while other processes computed beside, now more and now fewer, which slows each: those of different "
+    "columns can only be compared in a run with --workers 1 (and an --out of its own, since finished cells stay)."
+)
+
+
+def side_by_side(environment: dict[str, Any]) -> int:
+    """How many processes computed at once where a record was made; 0 where it was the only one, or none is known."""
+    workers = environment.get("workers") or 0
+    return workers if workers > 1 else 0
+
+
+def _beside(table: Table, environment: dict[str, Any]) -> int:
+    # Trainings on memories were never done side by side, though older records give --workers.
+    return 0 if table.kind == "sequence" else side_by_side(environment)
+
+
+def _device(table: Table, environment: dict[str, Any]) -> str:
+    side = _beside(table, environment)
+    beside = f", {side} processes side by side" if side else ""
     return f"{environment['device']}, {environment['threads']} threads{beside}"

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from histodd_bench.errors import HistoddError
 from histodd_bench.methods import method_entry
@@ -49,6 +50,7 @@ def run_parallel(
         HistoddError: a worker reported one, or died (out of memory, killed). Finished records stay.
     """
     talkative = not sys.stderr.isatty()
+    request = replace(request, workers=min(workers, len(todo)))
     events = run_workers(_opened, todo, workers, arguments=lambda number: (request, talkative))
     with closing(events):
         for kind, _, value in events:

@@ -1,5 +1,6 @@
 """Several processes give the records of one; failures and deaths of workers become one line; nothing outlives the parent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from tiny_project import command, environment, program, write_imagefolder
+from tiny_project import OPTIONS, command, environment, program, without, write_imagefolder
 
 from histodd_bench import results
+from histodd_bench.notes import SIDE_BY_SIDE
 from histodd_bench.parallel import pieces
 from histodd_bench.request import Cell
 
@@ -27,8 +29,27 @@ def test_two_workers_give_the_same_records_and_sets_as_one(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
     one, two = comparable(tmp_path / "one"), comparable(tmp_path / "two")
     assert len(one) == 18 and one == two
+    for name, workers in (("one", 1), ("two", 2)):
+        assert {r["environment"]["workers"] for r in results.read_records(tmp_path / name)[0]} == {workers}
+        text = (tmp_path / name / "table1.md").read_text()
+        assert (SIDE_BY_SIDE.partition(" (")[0] in text) == (workers == 2), "times of columns cannot be compared then"
     for path in (tmp_path / "one" / "sets").glob("*/images.safetensors"):
         assert path.read_bytes() == (tmp_path / "two" / "sets" / path.parent.name / path.name).read_bytes()
+
+
+def test_a_cell_computed_alone_says_so_whatever_the_workers(tmp_path: Path) -> None:
+    data, out, cache = write_imagefolder(tmp_path / "data"), tmp_path / "out", tmp_path / "cache"
+    only = ("--workers", "2", "--methods", "random", "--eval-seeds", "1")
+    done = program(*command(data, out, seeds="1"), *only, cache=cache)
+    assert done.returncode == 0, done.stderr
+    (made,) = results.read_records(out)[0]
+    assert made["environment"]["workers"] == 1
+    folder = str(next((out / "sets").iterdir()))
+    scores = ("--dataset", "imagefolder", "--data-root", str(data), "--out", str(tmp_path / "scores"), "--format", "json")
+    same = without(OPTIONS, "--distill-arch", "--workers")
+    done = program("evaluate", folder, *scores, *same, "--eval-seeds", "2", "--workers", "2", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert [r["environment"]["workers"] for r in json.loads(done.stdout)] == [1, 1]
 
 
 def test_work_is_cut_so_that_cells_sharing_a_set_or_a_network_stay_together() -> None:

@@ -10,6 +10,7 @@ from histodd_bench import paper, results
 from histodd_bench.files import digest
 from histodd_bench.grid import Cell, Grid, Row, Value, value
 from histodd_bench.mil import MIL_MODELS
+from histodd_bench.notes import SIDE_BY_SIDE, side_by_side
 from histodd_bench.results import Record
 from histodd_bench.tables.declaration import Metric
 from histodd_bench.tables.slide_level import SlideTable
@@ -268,6 +269,7 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
     notes.append(
         f"Times on {'; '.join(devices)}: the median epoch after the first, features extracted before; (xN) = N times less than Full."
     )
+    notes += [SIDE_BY_SIDE] if any(side_by_side(r["environment"]) for r in records) else []
     sizes, classes = data["bag_sizes"], data["classes"]
     slides = ", ".join(
         f"{a} + {b} {c}" for a, b, c in zip(data["train_slides"], data["test_slides"], classes, strict=True)

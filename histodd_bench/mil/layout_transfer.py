@@ -24,6 +24,7 @@ from histodd_bench.mil.layout import (
     stain_notes,
     variants,
 )
+from histodd_bench.notes import SIDE_BY_SIDE, side_by_side
 from histodd_bench.results import Record
 from histodd_bench.tables.slide_level import SlideTable
 
@@ -183,6 +184,7 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     notes.append(
         f"Times on {'; '.join(devices)}; (xN) = N times less than Full. Storage is what the source centre shares."
     )
+    notes += [SIDE_BY_SIDE] if any(side_by_side(r["environment"]) for r in records) else []
     slides = ", ".join(
         f"{a} + {b} {c}" for a, b, c in zip(data["train_slides"], data["test_slides"], data["classes"], strict=True)
     )
