@@ -33,6 +33,7 @@ _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "predictions": dict,
     "key": str,
 }
+_AGAIN = "the command that computed it computes it again"
 
 Record = dict[str, Any]
 
@@ -147,21 +148,19 @@ def read_record(path: Path) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise HistoddError(f"{path} cannot be read ({error}): delete it to have it computed again") from None
+        raise HistoddError(f"{path} cannot be read ({error}): {_AGAIN}") from None
     if not isinstance(record, dict):
         raise HistoddError(f"{path} is not a record: delete it")
     if record.get("format") != FORMAT:
         raise HistoddError(
             f"{path} was written by another version (record format {record.get('format')}, this one reads {FORMAT}): "
-            "delete it to have it computed again"
+            f"{_AGAIN} beside it, and then it can be deleted"
         )
     for name, kind in _REQUIRED.items():
         if name not in record or not isinstance(record[name], kind):
-            raise HistoddError(f"{path} has no usable {name!r}: delete it to have it computed again")
+            raise HistoddError(f"{path} has no usable {name!r}: {_AGAIN}")
     if key_of(record["config"]) != record["key"]:
-        raise HistoddError(
-            f"{path} does not match its own configuration (edited?): delete it to have it computed again"
-        )
+        raise HistoddError(f"{path} does not match its own configuration (edited?): {_AGAIN}")
     return record
 
 

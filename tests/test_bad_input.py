@@ -218,20 +218,27 @@ def test_a_full_disk(folders, tmp_path, limit: int, what: str) -> None:
     assert len(results.read_records(tmp_path / "out")[0]) == 2
 
 
-def test_a_record_of_another_version_is_named_and_computed_again(folders, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda text: text.replace('"format": 1', '"format": 7'), "another version (record format 7, this one reads 1)"),
+        (lambda text: text[: len(text) // 2], "the command that computed it computes it again"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named_and_computed_again(folders, tmp_path, capsys, damage, says) -> None:
     out = tmp_path / "out"
     arguments = command(folders["data"], out, "--methods", "random", seeds="1")
     assert cli.main(arguments) == 0
     paths = sorted((out / "records").iterdir())
     good = paths[0].read_text()
-    paths[0].write_text(good.replace('"format": 1', '"format": 7'))
+    paths[0].write_text(damage(good))
     capsys.readouterr()
     assert cli.main(["show", "--out", str(out), "--format", "csv"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "another version (record format 7, this one reads 1)" in captured.err
+    assert captured.err.count("\n") == 1 and says in captured.err
     assert "Random,ours" in captured.out and captured.out.splitlines()[1].endswith(",1,,,")
     assert cli.main(arguments) == 0
-    assert "another version" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
     assert results.read_records(out)[1] == []
     assert results.read_record(paths[0])["predictions"] == json.loads(good)["predictions"]
 

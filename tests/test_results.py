@@ -89,7 +89,7 @@ def test_a_record_that_cannot_be_trusted_is_named_and_left_out(tmp_path: Path, d
     text = bad.read_text()
     assert damage(text) != text
     bad.write_text(damage(text))
-    with pytest.raises(HistoddError, match="delete it"):
+    with pytest.raises(HistoddError, match=r"computes it again|is not a record: delete it"):
         results.read_record(bad)
     records, ignored = results.read_records(tmp_path)
     assert [r["metrics"]["accuracy"] for r in records] == [0.7]
