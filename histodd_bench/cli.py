@@ -155,15 +155,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from histodd_bench.listing import SECTIONS
+    from histodd_bench.listing import SECTIONS, fields
+    from histodd_bench.presets import get_preset
 
-    if args.what is not None and args.what not in SECTIONS:
-        raise unknown_name("list", args.what, SECTIONS)
-    chosen = [args.what] if args.what else [s for s in SECTIONS if s != "fields"]
+    if args.what is not None and args.what not in (*SECTIONS, "fields"):
+        raise unknown_name("list", args.what, (*SECTIONS, "fields"))
+    if args.preset and args.what != "fields":
+        raise UsageError("--preset is for 'list fields': no other list depends on it")
+    preset = get_preset(args.preset or "quick")
+    chosen = [args.what] if args.what else list(SECTIONS)
     for i, name in enumerate(chosen):
-        rows = SECTIONS[name]()
+        rows = fields(preset) if name == "fields" else SECTIONS[name]()
         width = max((len(row[0]) for row in rows), default=0)
-        print(("\n" if i else "") + name)
+        print(("\n" if i else "") + name + (f", as preset {preset.name} has them" if name == "fields" else ""))
         for row in rows:
             print(f"  {row[0]:<{width}}  {row[1]}")
     return 0

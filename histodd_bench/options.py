@@ -202,6 +202,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
 
     sub = command("list", "tables, data sets, methods, models and presets, one line each")
     sub.add_argument("what", nargs="?", help="only: tables, datasets, methods, models, presets, or fields (for --set)")
+    sub.add_argument("--preset", metavar="NAME", help="with fields: the values of this preset (default: quick)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command(

@@ -98,6 +98,25 @@ def test_list_names_everything_with_one_line_each(capsys: pytest.CaptureFixture[
     assert code == 0 and "histodd.alpha" in out and "eval.lr" in out and "pool.networks" in out and "table1" not in out
 
 
+def test_fields_are_listed_as_a_preset_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*more: str) -> dict[str, str]:
+        code, out, _ = run(capsys, "list", "fields", *more)
+        assert code == 0 and f"preset {more[1] if more else 'quick'}" in out.splitlines()[0]
+        return dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+
+    quick, paper = listed(), listed("--preset", "paper")
+    assert (quick["histodd.outer_steps"], quick["pool.epochs"], quick["mil.width"]) == ("10", "1", "128")
+    assert (paper["pool.epochs"], paper["eval.min_steps"], paper["histodd.initial"]) == ("10", "0", "real")
+    assert paper["histodd.outer_steps"] == "200 at 10 per class, 500 at 20 per class, 1000 at 50 per class"
+    assert quick["eval.stain_train"] == "(as --stain says)" == paper["histodd.stain_probability"]
+    given = [f"{name}={value}" for name, value in quick.items() if not value.startswith("(")]
+    parsed = presets.parse_overrides(given)  # what is listed is what --set takes
+    assert parsed["herding"] == {"arch": "convnet-d3", "width": 32, "epochs": 10} and parsed["pool"]["balanced"] is True
+    assert sum(map(len, parsed.values())) == len(given) > 50
+    code, _, err = run(capsys, "list", "models", "--preset", "paper")
+    assert code == 2 and "--preset is for 'list fields'" in err
+
+
 def test_doctor_reports(capsys: pytest.CaptureFixture[str], tiny: dict[str, Path]) -> None:
     code, out, _ = run(capsys, "doctor")
     names = [line.split("  ")[0] for line in out.splitlines()]
