@@ -353,6 +353,7 @@ class Experiment:
             "train_groups": len(train.groups.unique()),
             "test_groups": len(test.groups.unique()),
             "procedural": self.dataset.procedural,
+            "folder": None if self.request.data_root is None else self.request.data_root.resolve().name,
             "notes": list(self.dataset.notes),
         }
 

@@ -10,12 +10,13 @@ from typing import Any
 import pandas as pd
 
 from histodd_bench import bootstrap, results
-from histodd_bench.files import plain
+from histodd_bench.files import digest, plain
 from histodd_bench.grid import Cell, Grid, Interval, Row, Value, network, shown, value
 from histodd_bench.methods import all_methods, method_entry
 from histodd_bench.notes import notes
 from histodd_bench.results import Record
 from histodd_bench.tables import Metric, SlideTable, Table, Times
+from histodd_bench.titles import group_titles
 
 Asked = Mapping[str, Any]  # what the plan says of one table and data set
 
@@ -48,10 +49,20 @@ def grids(
     frame["protocol"] = [results.protocol(r["config"], varied, other_data) for r, _, _ in placed]
     _derive(frame)
     by = ["dataset", "protocol", *(["arch", "width"] if table.across == "methods" else [])]
-    made = []
+    made, groups = [], []
     for (dataset, *_), part in frame.groupby(by, dropna=False, sort=True):
         rows = {i: placed[i][0] for i in part.index}
         made.append(_Builder(table, str(dataset), part.copy(), rows, plan.get(str(dataset), {})).grid())
+        groups.append(list(rows.values()))
+
+    def shared(r: Record) -> dict[str, Any]:
+        of = results.shared(r["config"], varied, other_data)
+        data = {k: digest(v) if isinstance(v, list) else v for k, v in of["data"].items()}  # of each stage
+        return {**of, "data": data, "folder": r["data"].get("folder")}
+
+    own = {group[0]["key"]: grid.title for group, grid in zip(groups, made, strict=True)}
+    for grid, title in zip(made, group_titles(groups, lambda r: own[r["key"]], shared), strict=True):
+        grid.title = title
     return made
 
 

@@ -185,7 +185,7 @@ def leftovers(out: Path) -> list[Path]:
     return sorted((out / RECORDS).glob(f"*{PARTIAL}"))
 
 
-def protocol(config: Mapping[str, Any], varied: Collection[str] = (), other_data: bool = False) -> str:
+def shared(config: Mapping[str, Any], varied: Collection[str] = (), other_data: bool = False) -> dict[str, Any]:
     """What numbers must share to stand in one table: the data, the training recipe, threads and device.
 
     Args:
@@ -197,7 +197,12 @@ def protocol(config: Mapping[str, Any], varied: Collection[str] = (), other_data
     rest = {k: v for k, v in config.items() if k not in ("eval", "set")}
     if other_data:
         rest["data"] = {k: rest["data"].get(k) for k in ("name", "test", "image_size", "split_seed")}
-    return digest({"eval": evaluation, **rest})
+    return {"eval": evaluation, **rest}
+
+
+def protocol(config: Mapping[str, Any], varied: Collection[str] = (), other_data: bool = False) -> str:
+    """The same text for records that share what :func:`shared` names."""
+    return digest(shared(config, varied, other_data))
 
 
 def variant(config: Mapping[str, Any]) -> dict[str, Any]:

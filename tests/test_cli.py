@@ -240,6 +240,18 @@ def test_show_changes_nothing_and_invents_nothing(tmp_path: Path, capsys: pytest
     assert code == 0 and out == "" and "no results" in err and not list(tmp_path.iterdir())
 
 
+def test_data_of_two_folders_make_tables_that_name_them(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_imagefolder(tmp_path / "other", seed=1)
+    for data in (tiny["data"], other):
+        code, _, err = run(capsys, *command(data, tmp_path / "out", "--methods", "random", seeds="1"))
+        assert code == 0, err
+    _, out, _ = run(capsys, "show", "--format", "markdown", "--out", str(tmp_path / "out"))
+    titles = sorted(line.rpartition(" (")[2] for line in out.splitlines() if line.startswith("### "))
+    assert titles == ["folder=data)", "folder=other)"] and str(tmp_path) not in out
+
+
 def test_show_leaves_out_what_it_is_not_asked_for(tiny: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     """Herding is missing, Random and Full are there: as long as nobody asks for them, none of them looks missing."""
     shown = ("show", "--format", "csv", "--out", str(tiny["out"]))

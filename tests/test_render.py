@@ -8,7 +8,7 @@ import re
 import pytest
 from made_up_records import record
 
-from histodd_bench import layout, render
+from histodd_bench import layout, render, results
 from histodd_bench.tables import TABLES
 
 TABLE = TABLES["table1"]
@@ -120,7 +120,26 @@ def test_fields_that_follow_images_per_class_are_not_variants() -> None:
 
 def test_other_recipes_and_networks_make_tables_of_their_own() -> None:
     made = [record(0.7), record(0.8, recipe={"epochs": 10}), record(0.9, arch="resnet18"), record(0.5, dataset="demo")]
-    assert len(layout.grids(TABLE, made)) == 4
+    titles = [grid.title.rpartition(": ")[2] for grid in layout.grids(TABLE, made)]
+    assert sorted(titles) == [
+        "demo, convnet-d3 (width 64)",
+        "idc, convnet-d3 (width 64) (epochs=10)",
+        "idc, convnet-d3 (width 64) (epochs=50)",
+        "idc, resnet18 (width 64)",
+    ]
+
+
+def test_alike_titles_name_the_folders_of_the_data_or_else_their_fingerprints() -> None:
+    def titles(*folders: str | None) -> list[str]:
+        made = [record(0.7 + i / 10) for i in range(2)]
+        for r, folder, mark in zip(made, folders, "ab", strict=True):
+            r["config"]["data"]["train"] = mark * 64
+            r["key"] = results.key_of(r["config"])
+            r["data"] = {**r["data"], **({"folder": folder} if folder else {})}
+        return [grid.title.partition("(width 64)")[2] for grid in layout.grids(TABLE, made)]
+
+    assert sorted(titles("first", "second")) == [" (folder=first)", " (folder=second)"]
+    assert sorted(titles("data", "data")) == sorted(titles(None, None)) == [" (data.train=aaaaaaaa)", " (data.train=bbbbbbbb)"]
 
 
 def test_methods_that_the_table_does_not_name_get_a_column() -> None:

@@ -15,7 +15,6 @@ from histodd_bench.mil.layout import (
     block,
     column_titles,
     frames_of,
-    group_titles,
     groups_of,
     ordered_sets,
     paper_rows,
@@ -27,6 +26,7 @@ from histodd_bench.mil.layout import (
 from histodd_bench.notes import SIDE_BY_SIDE, side_by_side
 from histodd_bench.results import Record
 from histodd_bench.tables.slide_level import SlideTable
+from histodd_bench.titles import group_titles
 
 PAPER_CENTRES = {"radboud": "C1", "utrecht": "C2"}  # of Camelyon16, by what their names contain
 _WITH = {
