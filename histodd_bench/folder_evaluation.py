@@ -12,7 +12,7 @@ from histodd_bench.tables import TABLES, Table
 def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.Record], list[layout.Grid]]:
     """Train on the set in ``folder`` with every network and evaluation seed, and keep one record for each.
 
-    Says how many of its patches are test patches, should there be any.
+    Warns, then and below the table, should patches of it be test patches.
 
     Returns:
         The records, and their table with the metrics of Table 1.
@@ -22,12 +22,13 @@ def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.
     """
     request, experiment.processes = experiment.request, 1
     patches = sets.load_any(folder, experiment.dataset.train.classes, request.image_size)
-    seen = identical(patches, experiment.dataset.test)
-    if seen:
-        experiment.progress.log(
-            f"{seen} of the {len(patches)} patches in {folder} are identical to test patches of {request.dataset}: "
+    warnings = []
+    if seen := identical(patches, experiment.dataset.test):
+        warnings.append(
+            f"WARNING: {seen} of the {len(patches)} patches in {folder} are identical to test patches of {request.dataset}: "
             "what was trained on cannot be scored on, leave those out of the set"
         )
+        experiment.progress.log(warnings[0])
     smallest = min(patches.class_counts())
     ipc = smallest if smallest == max(patches.class_counts()) else None
     made = Made(patches, folder.name, {})
@@ -47,4 +48,7 @@ def evaluate_folder(experiment: Experiment, folder: Path) -> tuple[list[results.
             records.append(record)
     base = TABLES["table1"]
     table = Table("evaluate", f"{folder.name}", (), base.metrics)
-    return records, layout.grids(table, records)
+    grids = layout.grids(table, records)
+    for grid in grids:
+        grid.notes = warnings + grid.notes
+    return records, grids
