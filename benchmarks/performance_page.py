@@ -48,8 +48,9 @@ def page(results: Path = RESULTS) -> str:
         out.append(NO_GPU)
     for folder in sorted({path.parent for path, _ in records}):
         mine = [(path, record) for path, record in records if path.parent == folder]
-        e = mine[0][1]["environment"]
-        out.append(f"## {e['device']}, {e['instruction_set']}\n")
+        first = mine[0][1]
+        device, instructions = first["environment"]["device"], first["environment"]["instruction_set"]
+        out.append(f"## {device}\n" if first["device_type"] == "cuda" else f"## {device}, {instructions}\n")
         for path, record in mine:
             out.append(_section(path.relative_to(results.parent).as_posix(), record))
     return "\n".join(out).rstrip() + "\n"

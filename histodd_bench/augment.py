@@ -113,7 +113,7 @@ class SiameseAugment(nn.Module):
         if len(draw.stain) not in (1, n):
             raise ValueError(f"one draw for all or one per patch: got {len(draw.stain)} draws for {n} patches")
         warp = None if draw.warp is None else draw.warp.to(images.device).expand(n, 2, 3)
-        wanted = draw.stain.to(images.device)
+        # Compiled code does not look at values, and fits stains that nobody wants.
         if not self.stains or (not torch.compiler.is_compiling() and not bool(draw.stain.any())):
             return stain_augment(images, warp=warp)
-        return self.normalizer.normalize(images, fit, warp=warp, where=wanted)
+        return self.normalizer.normalize(images, fit, warp=warp, where=draw.stain.to(images.device))

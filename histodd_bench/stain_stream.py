@@ -151,7 +151,16 @@ class StreamingFit:
         self._plane = plane[0]
         self._status = DEGENERATE if bool(flat) else OK
 
+    def _check_seen(self, expected: int) -> None:
+        seen = int(self._histogram[0].sum())
+        if seen != expected:
+            raise ValueError(
+                f"pass {self._pass} saw {seen:,} pixels, the first one {expected:,}: every pass goes over the same patches "
+                "(a generator is used up after the first)"
+            )
+
     def _end_angles(self) -> None:
+        self._check_seen(self._count)
         alpha = self.definition.alpha
         angles = torch.tensor([[self._percentile(0, q) * torch.pi for q in (alpha, 100 - alpha)]], dtype=torch.float64)
         stain, alike = stain_vectors(self._plane[None], angles)
@@ -167,6 +176,7 @@ class StreamingFit:
         return pinv(self._stain).abs().sum(1) * self.definition.density(ends).abs().max()
 
     def _end_concentrations(self) -> None:
+        self._check_seen(self._pixels)
         self._top = torch.tensor([self._percentile(row, 99.0) for row in (0, 1)], dtype=torch.float64)
         bound = self._concentration_bound()
         self._top *= bound

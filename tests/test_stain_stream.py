@@ -88,6 +88,8 @@ def test_misuse_is_refused():
             fit.update(stained(1)[0])
     with pytest.raises(RuntimeError, match="after the loop"):
         fit.finish()
+    with pytest.raises(ValueError, match=r"pass 2 saw 0 pixels, the first one .*a generator is used up"):
+        fit_stream(batch for batch in stained(4, 24).split(2))
 
 
 def test_a_slide_is_normalised_with_one_fit():

@@ -75,37 +75,7 @@ def macenko_fit_reference(
     if n == 0 or pixels == 0:
         empty = torch.full((n,), LITTLE_TISSUE, dtype=torch.uint8, device=image.device)
         return image.new_zeros((n, 3, 2), dtype=compute), image.new_zeros((n, 2), dtype=compute), empty
-    with without_autocast(image.device):
-        fit = _fit(
-            image,
-            compute,
-            io,
-            beta,
-            alpha,
-            min_tissue,
-            min_concentration,
-            interpolation == "linear",
-            plus_one,
-            sign,
-            tissue_mask,
-        )
-    return _checked(fit, check)
-
-
-def _fit(
-    image: Tensor,
-    compute: torch.dtype,
-    io: float,
-    beta: float,
-    alpha: float,
-    min_tissue: float,
-    min_concentration: float,
-    linear: bool,
-    plus_one: bool,
-    sign: str,
-    tissue_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, pixels = image.shape[0], image.shape[2] * image.shape[3]
+    linear = interpolation == "linear"
     x = image.detach().to(compute).reshape(n, 3, pixels)
     out_of_range = torch.zeros(n, dtype=torch.bool, device=image.device)
     if image.is_floating_point():
@@ -122,14 +92,16 @@ def _fit(
     mean = (od * weight).sum(2, keepdim=True) / total
     centred = (od - mean) * weight
     plane, flat = principal_plane(centred @ centred.mT / (total - 1), mean, sign)
-    projected = plane.to(compute).mT @ od
+    with without_autocast(image.device):
+        projected = plane.to(compute).mT @ od
     angle = torch.atan2(projected[:, 1], projected[:, 0]).masked_fill(~tissue, torch.inf).sort(1).values
     extremes = torch.stack([_percentile(angle, count, q, linear) for q in (alpha, 100 - alpha)], 1)
     stain, alike = stain_vectors(plane, extremes.nan_to_num(0.0, 0.0, 0.0).double())
     degenerate = flat | alike
     failed = out_of_range | little | degenerate
     stain = torch.where(failed[:, None, None], torch.eye(3, 2, dtype=torch.float64, device=image.device), stain)
-    concentration = pinv(stain).to(compute) @ od
+    with without_autocast(image.device):
+        concentration = pinv(stain).to(compute) @ od
     everything = torch.full((n,), pixels, device=image.device)
     top = torch.stack([_percentile(concentration[:, i].sort(1).values, everything, 99.0, linear) for i in (0, 1)], 1)
     top = top.masked_fill(failed[:, None], 0.0)
@@ -141,7 +113,7 @@ def _fit(
         (out_of_range, OUT_OF_RANGE),
     ):
         status = torch.where(condition, torch.full_like(status, code), status)
-    return stain.to(compute), top, status
+    return _checked((stain.to(compute), top, status), check)
 
 
 def principal_plane(covariance: Tensor, mean: Tensor, sign: str) -> tuple[Tensor, Tensor]:

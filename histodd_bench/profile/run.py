@@ -114,7 +114,9 @@ def measure_problem(
     return rows
 
 
-def _fill(row: dict[str, Any], problem: Problem, parts: list[list[float]], on_device: list[list[float]] | None) -> None:
+def _fill(
+    row: dict[str, Any], problem: Problem, parts: list[list[float]], on_device: list[list[float]] | None
+) -> None:
     """Adds ``forward``, and ``backward`` and ``both``; bandwidth is by the device's own clock where it has one."""
     sizes = {"forward": problem.forward_bytes}
     if len(parts) == 2:
