@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.histodd-bench/$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 # An upgraded torch needs a rebuild: pip writes RECORD when it installs.
 TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch-*.dist-info/RECORD)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*/*/*.h)
 ARGS ?=
 
 .PHONY: table1 test bench lint build clean
@@ -36,7 +36,7 @@ bench: $(STAMPS)/bench
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy histodd_bench baselines
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*/*/*.h)
 
 build: $(STAMPS)/installed
 

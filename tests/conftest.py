@@ -12,6 +12,11 @@ from PIL import Image
 settings.register_profile("histodd", deadline=None, derandomize=True, max_examples=25, print_blob=True)
 settings.load_profile("histodd")
 
+if os.environ.get("HISTODD_EMULATED"):  # the CUDA kernels on the CPU, see test_cuda_emulated.py
+    import emulated
+
+    emulated.extension(Path(os.environ["HISTODD_EMULATED"]))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

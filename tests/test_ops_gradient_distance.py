@@ -347,33 +347,3 @@ with warnings.catch_warnings(record=True) as seen:
 assert [str(w.message).count("HISTODD_EXTENSION=0 is set") for w in seen] == [1], seen
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("copies", [1, 8, 60])  # small and large tables, and more layers than one table holds
-def test_cuda_agrees_with_cpu(compiled, kind, copies):
-    if not compiled["cuda"]:
-        pytest.skip("extension built for the CPU only")
-    real, synthetic = lists(SHAPES * copies)
-    on_device = [[t.detach().cuda().requires_grad_() for t in side] for side in (real, synthetic)]
-    for per_layer in (False, True):
-        value = gradient_distance(*on_device, kind, per_layer)
-        expected = gradient_distance(real, synthetic, kind, per_layer)
-        torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(value, gradient_distance(*on_device, kind, per_layer))
-        weight = torch.linspace(0.5, 2, expected.numel()).view(expected.shape)
-        got = gradients(value, on_device[0] + on_device[1], weight.cuda())
-        for g, e in zip(got, gradients(expected, real + synthetic, weight), strict=True):
-            torch.testing.assert_close(g.cpu(), e, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_refuses_layers_on_two_devices(distance):
-    mixed = [torch.zeros(2), torch.zeros(2, device="cuda")]
-    with pytest.raises(ValueError, match="one device"):
-        distance(mixed, mixed)
-    with pytest.raises(ValueError, match="layer 0"):
-        distance([torch.zeros(2)], [torch.zeros(2, device="cuda")])

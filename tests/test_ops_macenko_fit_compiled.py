@@ -285,37 +285,3 @@ def test_autocast_computes_in_float32(compiled):
     assert torch.equal(stain, macenko_fit(x)[0])
     assert torch.equal(reference[0], macenko_fit_reference(x)[0])
     assert torch.equal(affine, macenko_affine_reference(stain, top, stain[0], top[0]))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [24, 64, 256, 700])  # shared memory for the small ones, tiles for the large
-@pytest.mark.parametrize("interpolation", ["nearest", "linear"])
-def test_cuda_agrees_with_cpu(compiled, dtype, size, interpolation):
-    if not compiled["cuda"]:
-        pytest.skip("extension built for the CPU only")
-    x = torch.cat([patches(3, size, size), torch.full((1, 3, size, size), 250, dtype=torch.uint8)])
-    x = x if dtype == torch.uint8 else x.to(dtype) / 255
-    if dtype != torch.uint8:
-        x[1, 0, 2, 2] = torch.nan
-    expected = macenko_fit(x, interpolation=interpolation)
-    for image in (x.cuda(), x.cuda().contiguous(memory_format=torch.channels_last), x.cuda()[:, :, :, :]):
-        got = macenko_fit(image, interpolation=interpolation)
-        assert_fits_agree([t.cpu() for t in got], (expected[0].double(), expected[1].double(), expected[2]), 1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(got, macenko_fit(image, interpolation=interpolation), strict=True))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_selects_among_all_pixels_where_the_guess_fails(compiled):
-    if not compiled["cuda"]:
-        pytest.skip("extension built for the CPU only")
-    x = patches(1, 700, 700).float() / 255
-    order = x[0].flatten(1).sum(0).argsort()
-    x = x.flatten(2)[:, :, order].view_as(x)
-    x = torch.cat([x, x[..., :1, :1].expand_as(x)])  # ordered; and constant
-    expected = macenko_fit(x)
-    assert_fits_agree(
-        [t.cpu() for t in macenko_fit(x.cuda())], (expected[0].double(), expected[1].double(), expected[2]), 1e-5
-    )

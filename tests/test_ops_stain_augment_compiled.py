@@ -1,6 +1,5 @@
 """The compiled stain_augment against the reference in float64, and what only a compiled operator has to prove."""
 
-import math
 import os
 import subprocess
 import sys
@@ -306,75 +305,3 @@ def test_unsuitable_arguments_are_refused(compiled, change, message):
     arguments = {"image": torch.zeros(2, 3, 4, 4)} | change
     with pytest.raises(ValueError, match=message):
         stain_augment_op(**arguments)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 37, 259), (2, 1, 9), (2, 9, 1), (0, 4, 4)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("warped", [False, True])
-def test_cuda_agrees_with_cpu(compiled, shape, dtype, warped):
-    if not compiled["cuda"]:
-        pytest.skip("extension built for the CPU only")
-    n, h, w = shape
-    x = images(n, h, w)
-    x = (255 * x).to(dtype) if dtype == torch.uint8 else x.to(dtype)
-    warp, upstream, valid = warps(n) if warped else None, images(n, h, w, seed=3).float(), torch.arange(n) % 3 != 1
-    tolerance = {torch.float16: 2e-3, torch.float64: 1e-9}.get(dtype, 1e-5)
-    for last in (False, True):
-        image = x.contiguous(memory_format=torch.channels_last) if last else x
-        options = {"channels_last": last, "mean": MEAN, "std": STD}
-        exact = image.double() if dtype == torch.float32 else image
-        cpu = value_and_gradients(stain_augment_op, exact, stains(n), warp, upstream, valid=valid, **options)
-        arguments = [t if t is None else t.cuda() for t in (image, stains(n), warp, upstream)]
-        runs = [value_and_gradients(stain_augment_op, *arguments, valid=valid.cuda(), **options) for _ in range(2)]
-        for a, b, c in zip([runs[0][0], *runs[0][1]], [runs[1][0], *runs[1][1]], [cpu[0], *cpu[1]], strict=True):
-            assert relative_error(a.cpu(), c.double()) < tolerance
-            assert torch.equal(a, b)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    "matrix",
-    [
-        [[0.1, 0, 0], [0, 0.1, 0]],  # every pixel of the image seen many times, in several parts
-        [[9.0, 2, 0.3], [-1, 8, 0]],  # few pixels seen
-        [[0, 1.3, 0.2], [-0.7, 0, 0]],
-        [[1, 1, 0], [1, 1, 0]],  # a line: no inverse
-        [[0, 0, 0.2], [0, 0, 0.3]],  # one point
-        [[1, 0, 5], [0, 1, 0]],  # nothing seen
-        [[math.nan, 0, 0], [0, 1, 0]],
-    ],
-)
-@pytest.mark.parametrize("size", [(70, 45), (131, 96)])
-def test_cuda_gathers_the_gradient_of_any_warp(compiled, matrix, size):
-    if not compiled["cuda"]:
-        pytest.skip("extension built for the CPU only")
-    x, upstream, warp = images(2, *size), images(2, *size, seed=3), torch.tensor([matrix, matrix], dtype=torch.float64)
-    cpu = value_and_gradients(stain_augment_op, x, stains(2), warp, upstream)
-    cuda = value_and_gradients(stain_augment_op, *[t.cuda() for t in (x, stains(2), warp, upstream)])
-    for a, c in zip(cuda[1], cpu[1], strict=True):
-        assert relative_error(a.cpu(), c) < 1e-9
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_refuses_tensors_on_two_devices(compiled):
-    with pytest.raises(ValueError, match="stain lies on cpu"):
-        stain_augment_op(images().cuda(), stains())
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_leads_absurd_warps_outside(compiled, dtype):
-    x = torch.full((1, 3, 64, 64), 0.5, dtype=dtype)
-    x[..., -1, -1] = torch.nan
-    away = torch.tensor([[[1.0, 0, 10], [0, 1, 10]]])
-    assert stain_augment_op(x.cuda(), warp=away.cuda()).eq(1).all()
-    x = torch.zeros_like(x).cuda().requires_grad_()
-    wild = torch.randn(200, 2, 3, generator=torch.Generator().manual_seed(1))
-    for scale in (1e4, 1e5, 1e6, 1e9, 1e20):
-        out = stain_augment_op(x.expand(200, 3, 64, 64), warp=(scale * wild).cuda())
-        assert (out >= 0).all() and torch.autograd.grad(out.sum(), x)[0].isfinite().all()

@@ -40,10 +40,8 @@ __device__ __forceinline__ double block_sum(double v) {
     for (int i = 0; i < kWarps; ++i) sum += warp[i];
     total = sum;
   }
-  __syncthreads();
-  const double result = total;
-  __syncthreads();  // the shared memory may be reused at once
-  return result;
+  __syncthreads();  // the next sum writes `total` after its own first barrier
+  return total;
 }
 
 }  // namespace histodd
