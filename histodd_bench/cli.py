@@ -18,7 +18,7 @@ from histodd_bench.show_cli import FORMATS, run_show, write_tables
 from histodd_bench.workers import MOST_WORKERS, cores
 
 if TYPE_CHECKING:
-    from histodd_bench.experiment import Request
+    from histodd_bench.request import Request
     from histodd_bench.tables import Table
 
 
@@ -50,9 +50,8 @@ def make_requests(args: argparse.Namespace, table: "Table | None", out: Path) ->
     """Requests, one per data set, from options; every name is checked before anything is loaded."""
     from histodd_bench import presets
     from histodd_bench.data import DATASETS
-    from histodd_bench.experiment import Request
     from histodd_bench.mil import check_models
-    from histodd_bench.request import SlideOptions
+    from histodd_bench.request import Request, SlideOptions
     from histodd_bench.tables import SlideTable
 
     preset = presets.get_preset(args.preset)

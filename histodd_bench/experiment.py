@@ -1,9 +1,8 @@
-"""Running a table: data set -> sets (made once) -> evaluations -> one record per cell. A killed run continues where it was."""
+"""One data set under one request: data -> sets (made once) -> evaluations -> one record per cell."""
 
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +21,14 @@ from histodd_bench.files import digest, plain
 from histodd_bench.memory import peak_memory
 from histodd_bench.methods import MethodEntry, method_entry
 from histodd_bench.models import ModelPool, PoolRecipe
-from histodd_bench.parallel import pieces, run_parallel
 from histodd_bench.progress import Progress
-from histodd_bench.request import Cell, Changes, Request, cells
+from histodd_bench.request import Cell, Changes, Request
 from histodd_bench.stain import Preprocessing, describe
-from histodd_bench.stain_policy import STAIN_POLICIES, StainPolicy, resolve_stain
+from histodd_bench.stain_policy import StainPolicy, resolve_stain
 from histodd_bench.stain_pre import normalised
 from histodd_bench.stopwatch import stopwatch
 from histodd_bench.tables.declaration import Times
 from histodd_bench.training import EvalRecipe, TrainRecipe
-
-__all__ = ["STAIN_POLICIES", "Cell", "Experiment", "Made", "Request", "StainPolicy", "cells", "resolve_stain", "run"]
 
 SETS, WORK, SHEETS = "sets", "work", "sheets"
 
@@ -361,40 +357,6 @@ class Experiment:
     def environment(self) -> dict[str, Any]:
         """Where a record was computed."""
         return {**environment.describe(self.device), "workers": self.processes}
-
-
-def run(experiment: Experiment, todo: Sequence[Cell]) -> int:
-    """Compute every cell of ``todo`` that has no record yet; returns how many were computed now.
-
-    Records that another version wrote, or that are damaged, are named and computed again.
-    """
-    out, progress = experiment.request.out, experiment.progress
-    records, ignored = results.read_records(out)
-    for line in ignored:
-        progress.log(line)
-    for path in results.leftovers(out):
-        path.unlink(missing_ok=True)
-    finished = {r["key"] for r in records}
-    by_key: dict[str, Cell] = {}  # two columns may ask for the same cell
-    for cell in todo:
-        by_key.setdefault(results.key_of(experiment.cell_config(cell)), cell)
-    todo = list(by_key.values())
-    missing = [cell for key, cell in by_key.items() if key not in finished]
-    if len(missing) < len(todo):
-        progress.log(
-            f"{experiment.request.dataset}: {len(todo) - len(missing)} of {len(todo)} cells are finished already"
-        )
-    request = experiment.request
-    with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
-        if request.workers > 1 and len(missing) > 1 and experiment.device.type == "cpu":
-            work = pieces(missing, experiment.pool_recipe.networks, experiment.set_key)
-            run_parallel(request, work, request.workers, progress, lambda: task.advance())
-        else:
-            experiment.processes = 1
-            for cell in missing:
-                results.write_record(out, experiment.cell(cell))
-                task.advance()
-    return len(missing)
 
 
 def _changed(built: Any, section: str, changes: Changes) -> Any:

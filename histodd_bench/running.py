@@ -6,15 +6,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from histodd_bench import experiment, placement, results, stain_plot
+from histodd_bench import placement, results, stain_plot
 from histodd_bench.continual import TaskSequence, run_sequence
 from histodd_bench.data import Dataset, load_dataset
 from histodd_bench.errors import HistoddError
+from histodd_bench.experiment import Experiment
 from histodd_bench.grid import network
 from histodd_bench.mil.requirements import obstacle
+from histodd_bench.parallel import pieces, run_parallel
 from histodd_bench.progress import Progress
 from histodd_bench.projection import project
-from histodd_bench.request import Request
+from histodd_bench.request import Cell, Request, cells
 from histodd_bench.tables import SlideTable, Table
 
 PARTS = 2  # stages that a single data set is cut into for a table of kind "sequence"
@@ -28,7 +30,7 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             results.write_plan(out, table.name, {request.dataset: {"facts": facts}})
     elif table.kind == "sequence":
         stages = sequence_requests(requests)
-        sequence = TaskSequence([experiment.Experiment(r, progress) for r in stages])
+        sequence = TaskSequence([Experiment(r, progress) for r in stages])
         _announce(stages[0], progress, len(sequence.cells()), sequence.name)
         first = sequence.experiments[0]
         alone = placement.places(first)  # of the first data set's cells: their columns are those of the sequence
@@ -50,8 +52,8 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
             runner.run(request, table, progress)
     else:
         for request in requests:
-            current = experiment.Experiment(request, progress)  # refuses what the data cannot give: not planned then
-            todo = experiment.cells(request)
+            current = Experiment(request, progress)  # refuses what the data cannot give: not planned then
+            todo = cells(request)
             _announce(request, progress, len(todo), request.dataset)
             progress.log(current.budget())
             results.write_plan(
@@ -66,7 +68,41 @@ def run_table(table: Table, requests: Sequence[Request], out: Path, progress: Pr
                 },
             )
             stain_plot.write_fits(current)
-            experiment.run(current, todo)
+            run_cells(current, todo)
+
+
+def run_cells(experiment: Experiment, todo: Sequence[Cell]) -> int:
+    """Compute every cell of ``todo`` that has no record yet, so that a killed run continues; returns how many were computed now.
+
+    Records that another version wrote, or that are damaged, are named and computed again.
+    """
+    out, progress = experiment.request.out, experiment.progress
+    records, ignored = results.read_records(out)
+    for line in ignored:
+        progress.log(line)
+    for path in results.leftovers(out):
+        path.unlink(missing_ok=True)
+    finished = {r["key"] for r in records}
+    by_key: dict[str, Cell] = {}  # two columns may ask for the same cell
+    for cell in todo:
+        by_key.setdefault(results.key_of(experiment.cell_config(cell)), cell)
+    todo = list(by_key.values())
+    missing = [cell for key, cell in by_key.items() if key not in finished]
+    if len(missing) < len(todo):
+        progress.log(
+            f"{experiment.request.dataset}: {len(todo) - len(missing)} of {len(todo)} cells are finished already"
+        )
+    request = experiment.request
+    with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
+        if request.workers > 1 and len(missing) > 1 and experiment.device.type == "cpu":
+            work = pieces(missing, experiment.pool_recipe.networks, experiment.set_key)
+            run_parallel(request, work, request.workers, progress, lambda: task.advance())
+        else:
+            experiment.processes = 1
+            for cell in missing:
+                results.write_record(out, experiment.cell(cell))
+                task.advance()
+    return len(missing)
 
 
 def possible(table: Table, requests: Sequence[Request], progress: Progress) -> list[Request]:
@@ -91,7 +127,7 @@ def project_table(table: Table, requests: Sequence[Request], progress: Progress)
         return f"{table.name}: slides differ too much for a projection; 'distill-slides --slides NAME' shows what one takes.\n"
     if table.kind == "sequence":
         requests = sequence_requests(requests)
-    return "".join(project(experiment.Experiment(request, progress)) for request in requests)
+    return "".join(project(Experiment(request, progress)) for request in requests)
 
 
 def sequence_requests(requests: Sequence[Request]) -> list[Request]:

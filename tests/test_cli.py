@@ -1,4 +1,4 @@
-"""The command line: help, names, typed fields, every command on a tiny data set, and Ctrl-C."""
+"""The command line: help, names, every command on a tiny data set, and Ctrl-C."""
 
 import json
 import os
@@ -14,11 +14,9 @@ import pytest
 from tiny_project import OPTIONS, command, environment, program, without, write_imagefolder
 
 from histodd_bench import cli, presets, projection
-from histodd_bench.errors import UsageError
 from histodd_bench.models import MODELS
 from histodd_bench.options import make_parser
 from histodd_bench.tables import TABLES
-from histodd_bench.training import EvalRecipe, TrainRecipe
 from histodd_bench.workers import cores
 
 
@@ -130,84 +128,6 @@ def test_doctor_reports(capsys: pytest.CaptureFixture[str], tiny: dict[str, Path
 def test_version() -> None:
     done = program("--version", cache=Path("x"))
     assert done.returncode == 0 and done.stdout.startswith("histodd-bench ")
-
-
-# ---- fields ----------------------------------------------------------------------------------------------------------
-
-
-def test_fields_are_typed_by_their_owners() -> None:
-    parsed = presets.parse_overrides(
-        [
-            "histodd.alpha=1",
-            "pool.epochs=3",
-            "eval.balanced=yes",
-            "eval.augment=flip,rotate",
-            "histodd.augment=none",
-            "herding.width=none",
-        ]
-    )
-    assert parsed == {
-        "histodd": {"alpha": 1.0, "augment": ()},
-        "pool": {"epochs": 3},
-        "eval": {"balanced": True, "augment": ("flip", "rotate")},
-        "herding": {"width": None},
-    }
-    assert isinstance(parsed["histodd"]["alpha"], float) and isinstance(parsed["pool"]["epochs"], int)
-
-
-def test_a_section_may_be_left_out_where_only_one_fits() -> None:
-    assert presets.parse_overrides(["outer_steps=7"]) == {"histodd": {"outer_steps": 7}}
-    with pytest.raises(UsageError, match=r"several parts have that field, say which: .*eval\.lr"):
-        presets.parse_overrides(["lr=0.1"])
-
-
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [
-        ("histodd.alhpa=1", "unknown field of histodd 'alhpa' in --set: did you mean 'alpha'?"),
-        ("histod.alpha=1", "did you mean 'histodd'?"),
-        ("outer_step=1", "did you mean 'outer_steps'?"),
-        ("histodd.alpha", "write it as section.field=value"),
-        ("=3", "write it as section.field=value"),
-        ("histodd.alpha=big", "must be a number, got 'big'"),
-        ("histodd.alpha=nan", "must be a finite number"),
-        ("pool.epochs=2.5", "must be a whole number, got '2.5'"),
-        ("eval.balanced=maybe", "must be true or false, got 'maybe'"),
-        ("histodd.distance=l3", "must be one of l1, l2, cosine, got 'l3'"),
-        ("pool.arch=resnet18", "use --distill-arch"),
-    ],
-)
-def test_wrong_fields_are_refused_with_the_remedy(setting: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "run", "table1", "--set", setting)
-    assert code == 2 and says in err and err.count("\n") == 1
-
-
-def test_steps_and_epochs_replace_each_other() -> None:
-    recipe = presets.build(TrainRecipe, {"epochs": 5}, {"steps": 100})
-    assert (recipe.epochs, recipe.steps) == (None, 100)
-    recipe = presets.build(TrainRecipe, {"steps": 100}, {"epochs": 5})
-    assert (recipe.epochs, recipe.steps) == (5, None)
-
-
-def test_who_names_epochs_gets_that_many() -> None:
-    assert presets.build(EvalRecipe).min_steps == 300
-    assert presets.build(EvalRecipe, {"lr": 0.02}).min_steps == 300
-    assert presets.build(EvalRecipe, {}, {"epochs": 5}).min_steps == 0
-    assert presets.build(EvalRecipe, {"epochs": 50}, {"min_steps": 100}).min_steps == 100
-    assert presets.build(EvalRecipe, presets.get_preset("paper").eval).min_steps == 0
-
-
-@pytest.mark.parametrize("name", list(presets.PRESETS))
-def test_presets_are_complete(name: str) -> None:
-    preset = presets.get_preset(name)
-    classes = presets.section_classes()
-    for ipc in preset.ipc:
-        for method in classes.keys() - {"pool", "eval"}:
-            presets.build(classes[method], preset.method_fields(method, ipc, "tcga-idh"))
-    presets.build(classes["eval"], preset.eval)
-    presets.build(classes["pool"], {"arch": preset.distill_arch}, preset.pool)
-    for arch in (preset.distill_arch, *preset.archs):
-        assert MODELS[presets.parse_arch(arch, preset.widths)[0]].min_size <= preset.image_size
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -385,11 +305,15 @@ def test_slow_phases_are_timed_once_and_still_counted(
     assert len(phases) >= 5 and all(float(seconds) > 0 and count != "0" for seconds, count in phases)
 
 
-def test_processes_do_not_share_cores(tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_do_not_share_cores(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By default none is started that would have to, and a projection does not count on those that do."""
     parser = make_parser(cli.COMMANDS)
     for preset in presets.PRESETS:
-        (request,) = cli.make_requests(parser.parse_args(["run", "table1", "--preset", preset]), TABLES["table1"], tmp_path)
+        (request,) = cli.make_requests(
+            parser.parse_args(["run", "table1", "--preset", preset]), TABLES["table1"], tmp_path
+        )
         assert request.workers == 1 or request.workers * request.threads <= cores()
     projected = command(tiny["data"], tmp_path / "out", "--dry-run", "--threads", str(cores()), "--workers", "2")
     code, out, err = run(capsys, *projected)

@@ -10,9 +10,10 @@ import torch
 from tiny_project import command, write_imagefolder
 
 from histodd_bench import cli, environment, experiment, options, presets, results, sets
-from histodd_bench.experiment import Cell, cells
 from histodd_bench.progress import Progress
-from histodd_bench.request import Request
+from histodd_bench.request import Cell, Request, cells
+from histodd_bench.running import run_cells
+from histodd_bench.stain_policy import STAIN_POLICIES, StainPolicy
 from histodd_bench.tables import TABLES
 
 
@@ -109,7 +110,7 @@ def test_the_stain_policy_is_the_same_for_every_method_and_in_the_records(folder
 def test_a_second_run_computes_nothing_and_changes_nothing(folders: dict[str, Path]) -> None:
     before = {p: p.stat().st_mtime_ns for p in (folders["out"] / results.RECORDS).iterdir()}
     asked = request(folders, folders["out"])
-    assert experiment.run(experiment.Experiment(asked, Progress.silent()), cells(asked)) == 0
+    assert run_cells(experiment.Experiment(asked, Progress.silent()), cells(asked)) == 0
     assert {p: p.stat().st_mtime_ns for p in (folders["out"] / results.RECORDS).iterdir()} == before
 
 
@@ -255,15 +256,15 @@ def test_the_paper_preset_is_the_papers() -> None:
 
 
 def test_auto_is_decided_once_and_the_same_for_a_part_of_the_table(folders: dict[str, Path], tmp_path: Path) -> None:
-    def policy(*more: str, **asked: str) -> experiment.StainPolicy:
+    def policy(*more: str, **asked: str) -> StainPolicy:
         current = request(folders, tmp_path, "--stain", "auto", *more, **asked)
         small = dataclasses.replace(current.preset, widths={"convnet-d3": 8}, ipc=(2,))
         return experiment.Experiment(dataclasses.replace(current, preset=small), Progress.silent()).stain
 
     first = policy(ipc="2,3")
-    assert set(first.scores) == set(experiment.STAIN_POLICIES)
+    assert set(first.scores) == set(STAIN_POLICIES)
     assert first.chosen.startswith("auto: chosen on training slides only")
-    assert (first.train, first.test) in experiment.STAIN_POLICIES.values()
+    assert (first.train, first.test) in STAIN_POLICIES.values()
     assert policy("--methods", "full", "--archs", "convnet-d3:9", ipc="4") == first
     assert policy("--set", "eval.stain_train=0.25").train == 0.25
     named = policy("--set", "eval.stain_train=0.25", "--set", "eval.stain_test=true")
