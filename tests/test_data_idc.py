@@ -82,6 +82,17 @@ def test_odd_files_are_counted_and_named(root, tmp_path):
     )
 
 
+def test_what_cannot_be_read_does_not_change_the_split(root, tmp_path):
+    clean = load(root, tmp_path / "cache")
+    for k in range(9):
+        tile(root, "104", 1, 50 * k + 1, 801).write_bytes(b"\x89PNG broken")
+    tile(root, "200", 0, 1, 1).write_bytes(b"")  # nothing else of this patient
+    ds = load(root, tmp_path / "cache")
+    assert ds.test.group_names == clean.test.group_names
+    assert [ds.train.fingerprint(), ds.test.fingerprint()] == [clean.train.fingerprint(), clean.test.fingerprint()]
+    assert ds.notes[0] == clean.notes[0] and ds.notes[1].startswith("10 of 50 files skipped: ")
+
+
 def test_roots_that_cannot_be_used(root, tmp_path):
     with pytest.raises(UsageError, match="--data-root"):
         load(None, tmp_path / "cache")

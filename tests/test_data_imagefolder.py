@@ -219,6 +219,32 @@ def flat(tmp_path):
     return tmp_path / "flat"
 
 
+def test_an_image_that_cannot_be_read_does_not_change_the_split(flat):
+    clean = load(flat)
+    (flat / "c0" / "3 broken.png").write_bytes(b"no image")
+    (flat / "c1" / "empty.jpg").touch()
+    ds = load(flat)
+    for split in ("train", "test"):
+        assert getattr(ds, split).fingerprint() == getattr(clean, split).fingerprint()
+        assert getattr(ds, split).group_names == getattr(clean, split).group_names
+    (skipped,) = set(ds.notes) - set(clean.notes)
+    assert skipped.startswith("2 of 22 files skipped: c")
+    assert load(flat).train.fingerprint() == clean.train.fingerprint(), "from the cache"
+
+
+def test_readable_images_of_one_group_cannot_be_split(flat):
+    groups_csv(flat, [(f"c{c}/{k}.png", f"p{k // 5}", "") for c in range(2) for k in range(10)])
+    for c in range(2):
+        for k in range(5, 10):
+            (flat / f"c{c}" / f"{k}.png").write_bytes(b"no image")
+    with pytest.raises(HistoddError, match=r"at least two groups .*, got 1; 10 of 20 files skipped: c0/5.png \(not an"):
+        load(flat)
+    for k in range(5):
+        (flat / "c1" / f"{k}.png").write_bytes(b"no image")
+    with pytest.raises(HistoddError, match="class 'c1' has no readable training image; 15 of 20 files skipped"):
+        load(flat)
+
+
 def test_results_inside_the_data_are_no_class(flat):
     clean = load(flat)
     (flat / "runs" / "table1" / "sheets").mkdir(parents=True)

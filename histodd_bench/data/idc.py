@@ -6,14 +6,12 @@ are padded with white, which keeps their scale.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from histodd_bench.data.images import FileEntry, write_stores
+from histodd_bench.data.images import FileEntry, Splits, split_files, without, write_stores
 from histodd_bench.data.listing import fingerprint, image_files, subfolders
-from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import Dataset, cached_dataset
 from histodd_bench.errors import HistoddError
 
@@ -49,18 +47,15 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
         if not any(entry.label == label for entry in entries):
             raise HistoddError(f"no {name} patches in {root}: expected PNG files in <patient>/{label}")
 
-    names, groups = np.unique([entry.group for entry in entries], return_inverse=True)
+    names = sorted({entry.group for entry in entries})
     if len(names) < 2:
         raise HistoddError(f"one patient only ({names[0]}) in {root}: a patient-disjoint split needs at least two")
-    test = draw_groups(np.array([entry.label for entry in entries]), groups, TEST_FRACTION, seed)
-    splits = {
-        "train": [entry for entry, group in zip(entries, groups, strict=True) if not test[group]],
-        "test": [entry for entry, group in zip(entries, groups, strict=True) if test[group]],
-    }
+
+    def splits(unreadable: Collection[Path]) -> Splits:
+        return split_files(without(entries, unreadable), TEST_FRACTION, seed)
 
     def build(folder: Path) -> list[str]:
-        note = f"{int(test.sum())} of {len(names)} patients are the test set, drawn with seed {seed}"
-        return [note] + write_stores(
+        written, notes = write_stores(
             folder,
             splits,
             root=root,
@@ -71,6 +66,8 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
             skipped=skipped,
             progress=progress,
         )
+        train, test = (len({entry.group for entry in written[split]}) for split in ("train", "test"))
+        return [f"{test} of {train + test} patients are the test set, drawn with seed {seed}", *notes]
 
     key = {
         "adapter": f"idc {_VERSION}",

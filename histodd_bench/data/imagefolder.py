@@ -6,23 +6,21 @@ Images that are not square are cropped to their central square, then resized.
 """
 
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from histodd_bench.data.csv_tables import read_table
-from histodd_bench.data.images import FileEntry, printable, write_stores
+from histodd_bench.data.images import FileEntry, Splits, printable, split_files, without, write_stores
 from histodd_bench.data.listing import fingerprint, image_files, subfolders
 from histodd_bench.data.prepared import is_prepared
 from histodd_bench.data.slides import some
-from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import Dataset, cached_dataset
 from histodd_bench.errors import HistoddError
 
 TEST_FRACTION = 0.3
 _VERSION = 1
-# Endings of what is left in folders of images. It is left out before the split is drawn, which would be another one with it.
+# Endings of what is left in folders of images: not even opened.
 _NO_IMAGES = frozenset(
     ".csv .db .doc .docx .geojson .gz .h5 .htm .html .ini .ipynb .json .lnk .lock .log .md .npy .npz .ods .pdf .pkl .pt .py .rtf "
     ".safetensors .tar .tex .tsv .txt .xls .xlsx .xml .yaml .yml .zip".split()
@@ -83,22 +81,38 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
         group, centre = table[path]
         return FileEntry(path, label, group, (("centres", centres[centre]),) if has_centres else ())
 
-    splits = {"train": [entry(*item) for item in train], "test": [entry(*item) for item in test]}
-    if test_root is None:
-        splits, note = _split(splits["train"], root, seed)
-        notes.append(note)
-    shared = {e.group for e in splits["train"]} & {e.group for e in splits["test"]}
-    if shared:
-        notes.append(
-            f"WARNING: {len(shared)} groups of groups.csv are in train/ and in test/ (e.g. {printable(min(shared))}): "
-            "the test set is not independent of the training set"
+    listed = {"train": [entry(*item) for item in train], "test": [entry(*item) for item in test]}
+    groups = sorted({e.group for e in listed["train"]})
+    if test_root is None and len(groups) < 2:
+        raise HistoddError(
+            f"{root} has no test/ folder and one group only ({groups[0]}): a split needs at least two groups"
         )
-    absent = sorted(set(range(len(classes))) - {e.label for e in splits["test"]})
-    if absent:
-        notes.append(f"the test set has no image of class {', '.join(classes[label] for label in absent)}")
+
+    def splits(unreadable: Collection[Path]) -> Splits:
+        readable = {split: without(entries, unreadable) for split, entries in listed.items()}
+        return readable if test_root is not None else split_files(readable["train"], TEST_FRACTION, seed)
+
+    def split_notes(sides: Splits) -> list[str]:
+        on = {split: {e.group for e in entries} for split, entries in sides.items()}
+        notes = []
+        if test_root is None:
+            count = len(on["train"]) + len(on["test"])
+            notes.append(
+                f"no test/ folder: {len(on['test'])} of {count} groups are the test set, drawn with seed {seed}"
+            )
+        shared = on["train"] & on["test"]
+        if shared:
+            notes.append(
+                f"WARNING: {len(shared)} groups of groups.csv are in train/ and in test/ (e.g. {printable(min(shared))}): "
+                "the test set is not independent of the training set"
+            )
+        absent = sorted(set(range(len(classes))) - {e.label for e in sides["test"]})
+        if absent:
+            notes.append(f"the test set has no image of class {', '.join(classes[label] for label in absent)}")
+        return notes
 
     def build(folder: Path) -> list[str]:
-        return notes + write_stores(
+        written, left_out = write_stores(
             folder,
             splits,
             root=root,
@@ -110,12 +124,13 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
             skipped=no_images,
             progress=progress,
         )
+        return [*notes, *split_notes(written), *left_out]
 
     files = [path for path, _ in train + test] + [root / "groups.csv"] + [path for path, _ in no_images]
     key = {
         "adapter": f"imagefolder {_VERSION}",
         "classes": classes,
-        "notes": notes,
+        "notes": [*notes, *split_notes(splits(()))],
         "files": fingerprint(files, root),
         "size": image_size,
         "seed": seed if test_root is None else None,
@@ -203,17 +218,3 @@ def _read_groups(root: Path, paths: list[Path]) -> tuple[dict[Path, tuple[str, s
 def _spelled(path: str) -> PurePosixPath:
     """A path with accents as one character each: macOS names files with two, where a table has one."""
     return PurePosixPath(unicodedata.normalize("NFC", path))
-
-
-def _split(entries: list[FileEntry], root: Path, seed: int) -> tuple[dict[str, list[FileEntry]], str]:
-    names, groups = np.unique([entry.group for entry in entries], return_inverse=True)
-    if len(names) < 2:
-        raise HistoddError(
-            f"{root} has no test/ folder and one group only ({names[0]}): a split needs at least two groups"
-        )
-    test = draw_groups(np.array([entry.label for entry in entries]), groups, TEST_FRACTION, seed)
-    splits = {
-        "train": [entry for entry, group in zip(entries, groups, strict=True) if not test[group]],
-        "test": [entry for entry, group in zip(entries, groups, strict=True) if test[group]],
-    }
-    return splits, f"no test/ folder: {int(test.sum())} of {len(names)} groups are the test set, drawn with seed {seed}"

@@ -3,7 +3,7 @@
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import StoreWriter
 from histodd_bench.errors import HistoddError
 
@@ -151,6 +152,24 @@ class FileEntry:
     columns: tuple[tuple[str, int], ...] = ()
 
 
+Splits = dict[str, list[FileEntry]]
+
+
+def split_files(entries: Sequence[FileEntry], fraction: float, seed: int) -> Splits:
+    """``train`` and ``test``, about ``fraction`` of the groups: see :func:`~histodd_bench.data.split.draw_groups`."""
+    _, groups = np.unique([entry.group for entry in entries], return_inverse=True)
+    test = draw_groups(np.array([entry.label for entry in entries]), groups, fraction, seed)
+    return {
+        "train": [entry for entry, group in zip(entries, groups, strict=True) if not test[group]],
+        "test": [entry for entry, group in zip(entries, groups, strict=True) if test[group]],
+    }
+
+
+def without(entries: Sequence[FileEntry], paths: Collection[Path]) -> list[FileEntry]:
+    """The entries of other files than these."""
+    return [entry for entry in entries if entry.path not in paths]
+
+
 def write_files(
     writer: StoreWriter,
     entries: Sequence[FileEntry],
@@ -195,7 +214,7 @@ def write_files(
 
 def write_stores(
     folder: Path,
-    splits: Mapping[str, Sequence[FileEntry]],
+    splits: Callable[[Collection[Path]], Splits],
     *,
     root: Path,
     classes: Sequence[str],
@@ -205,38 +224,57 @@ def write_stores(
     workers: int = 1,
     skipped: Sequence[tuple[Path, str]] = (),
     progress: Any,
-) -> list[str]:
+) -> tuple[Splits, list[str]]:
     """Write one store per split under ``folder`` and say what was left out.
 
+    Whether a file can be read shows when it is read. What cannot must not move the others from one side to the other: where
+    the splits come out otherwise without it, they are written a second time.
+
     Args:
+        splits: the files of each split, given those that cannot be read, which take no part.
         skipped: files the adapter left out already, with the reason; counted with the unreadable ones.
 
     Returns:
-        Notes: at most one sentence.
+        The files in each store, and notes: at most one sentence.
 
     Raises:
         HistoddError: a class that the listing has is left without a single readable training image, or no test image is.
     """
-    left_out = list(skipped)
-    total = len(left_out) + sum(map(len, splits.values()))
-    with progress.task(f"reading {root.resolve().name} at {image_size} px", total=total) as task:
-        for split, entries in splits.items():
-            with StoreWriter(folder / split, (image_size, image_size), classes, centre_names) as writer:
-                bad = write_files(
-                    writer, entries, image_size=image_size, fit=fit, workers=workers, advance=task.advance
-                )
-                counts = writer.finish().class_counts()
-            left_out += [(error.path, error.reason) for error in bad]
-            for name, count in zip(classes, counts, strict=True):
-                if split == "train" and count == 0:
-                    raise HistoddError(
-                        f"{printable(root)}: class {name!r} has no readable training image; {_skips(left_out, total, root)}"
+    bad: dict[Path, str] = {}
+    chosen = splits(bad)
+    total = len(skipped) + sum(map(len, chosen.values()))
+
+    def skips() -> str:
+        return _skips([*skipped, *bad.items()], total, root)
+
+    def require_classes(*parts: list[FileEntry]) -> None:
+        there = {entry.label for entries in parts for entry in entries}
+        for label, name in enumerate(classes):
+            if label not in there:
+                raise HistoddError(f"{printable(root)}: class {name!r} has no readable training image; {skips()}")
+
+    while True:
+        with progress.task(f"reading {root.resolve().name} at {image_size} px", sum(map(len, chosen.values()))) as task:
+            for split, entries in chosen.items():
+                with StoreWriter(folder / split, (image_size, image_size), classes, centre_names) as writer:
+                    found = write_files(
+                        writer, entries, image_size=image_size, fit=fit, workers=workers, advance=task.advance
                     )
-            if split == "test" and not any(counts):
-                raise HistoddError(
-                    f"{printable(root)}: there is no readable test image; {_skips(left_out, total, root)}"
-                )
-    return [_skips(left_out, total, root)] if left_out else []
+                    writer.finish()
+                bad |= {error.path: error.reason for error in found}
+        written = {split: without(entries, bad) for split, entries in chosen.items()}
+        require_classes(*written.values())  # no other split would bring one back
+        try:
+            chosen = splits(bad)
+        except HistoddError as error:
+            raise HistoddError(f"{printable(root)}: {error}; {skips()}") from None
+        if chosen == written:
+            break
+        progress.log(f"{printable(root)}: the split is drawn again without the {len(bad)} files that cannot be read")
+    require_classes(written["train"])
+    if not written["test"]:
+        raise HistoddError(f"{printable(root)}: there is no readable test image; {skips()}")
+    return written, [skips()] if skipped or bad else []
 
 
 def _skips(skipped: Sequence[tuple[Path, str]], total: int, root: Path) -> str:
