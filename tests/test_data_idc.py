@@ -60,7 +60,10 @@ def test_border_tiles_keep_their_scale(tmp_path):
     for p in ("1", "2"):
         for label in (0, 1):
             tile(root, p, label, 1, 1, size=(50, 30), value=0)
-    images = load(root, tmp_path / "cache", image_size=50).train.images
+    data = load(root, tmp_path / "cache", image_size=50)
+    assert not any("enlarged" in note for note in data.notes)
+    assert "4 of 4 patches are enlarged from 50 to 64 px" in load(root, tmp_path / "cache", image_size=64).notes
+    images = data.train.images
     assert (images[:, :, 10:40] == 0).all() and (images[:, :, :10] == 255).all() and (images[:, :, 40:] == 255).all()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histodd_bench import cli
 from histodd_bench.data import DATASETS, load_dataset
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.progress import Progress
@@ -210,6 +211,19 @@ def test_what_is_no_image_does_not_change_the_split(tmp_path):
     assert any(note.startswith("8 of 28 files skipped: c0/0.json (not an image)") for note in ds.notes)
     drawn = ["c0/2.png", "c0/4.png", "c0/6.png", "c1/3.png", "c1/6.png", "c1/9.png"]
     assert sorted(clean.test.group_names) == drawn, "the split of a clean folder is for good"
+
+
+def test_patches_that_are_smaller_than_asked_for_are_said_to_be_enlarged(root, tmp_path, capsys):
+    add(root, "train", "a", 4, size=(40, 20))  # 20 px when cropped
+    notes = {size: [n for n in load(root, size).notes if "enlarged" in n] for size in (8, 12, 16, 32)}
+    assert notes[8] == notes[12] == []
+    assert notes[16] == ["14 of 18 patches are enlarged from 12 to 16 px"]
+    assert notes[32] == ["18 of 18 patches are enlarged to 32 px: 14 from 12 px, 4 from 20 px"]
+    assert notes[32][0] in load(root, 32).notes, "from the cache"
+    arguments = ["data", "prepare", "imagefolder", "--root", str(root), "--out", str(tmp_path / "o"), "--workers", "1"]
+    assert cli.main(arguments) == 0
+    said = "note: 18 of 18 patches are enlarged to 256 px: 14 from 12 px, 4 from 20 px"
+    assert said in capsys.readouterr().out
 
 
 @pytest.fixture

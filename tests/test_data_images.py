@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from histodd_bench.data.images import FileEntry, UnreadableImage, read_rgb, resize, square, write_files
+from histodd_bench.data.images import FileEntry, UnreadableImage, enlarged, read_rgb, resize, square, write_files
 from histodd_bench.data.store import StoreWriter
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -191,14 +191,23 @@ def test_files_keep_their_order_and_bad_ones_are_returned(tmp_path, workers):
         if i % 10 == 3:
             path.write_bytes(b"no")
         else:
-            Image.new("RGB", (6, 6), (i, 0, 0)).save(path)
+            Image.new("RGB", (6, 6 + i % 2), (i, 0, 0)).save(path)
         entries.append(FileEntry(path, i % 2, f"g{i // 4}", (("x", i),)))
     advanced = []
     with StoreWriter(tmp_path / "store", (4, 4), ("a", "b")) as writer:
-        bad = write_files(writer, entries, image_size=4, fit="crop", workers=workers, advance=advanced.append)
+        bad, sides = write_files(writer, entries, image_size=4, fit="crop", workers=workers, advance=advanced.append)
         ps = writer.finish()
     good = [i for i in range(40) if i % 10 != 3]
     assert ps.images[:, 0, 0, 0].tolist() == good
     assert [error.path.name for error in bad] == ["03.png", "13.png", "23.png", "33.png"]
     assert [ps.group_names[g] for g in ps.groups] == [f"g{i // 4}" for i in good]
-    assert sum(advanced) == 40
+    assert sum(advanced) == 40 and sides == {6: 36}
+
+
+def test_enlarged_patches_are_counted_by_size():
+    assert enlarged({12: 3, 16: 2}, 5, 12) == enlarged({}, 0, 12) == []
+    assert enlarged({12: 3, 16: 2}, 5, 16) == ["3 of 5 patches are enlarged from 12 to 16 px"]
+    (note,) = enlarged({12: 3, 16: 70, 20: 4, 9: 1, 10: 2, 40: 8}, 88, 32)
+    assert note.startswith(
+        "80 of 88 patches are enlarged to 32 px: 70 from 16 px, 4 from 20 px, 3 from 12 px and 3 from"
+    )

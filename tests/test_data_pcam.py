@@ -69,6 +69,8 @@ def test_pcam_is_read_whole_and_in_order(tmp_path: Path) -> None:
     assert store.load_columns(data.folder / "train")["x"][:3].tolist() == [0, 20, 40]
     small = load("pcam", tmp_path / "pcam", 32, tmp_path / "c")
     assert np.array_equal(small.test.images[3].numpy(), resize(images["test"][3], 32, 32).transpose(2, 0, 1))
+    large = load("pcam", tmp_path / "pcam", 100, tmp_path / "c")
+    assert large.notes == (*data.notes, "1130 of 1130 patches are enlarged from 96 to 100 px")
 
 
 def test_pcam_without_tables_warns(tmp_path: Path) -> None:
@@ -180,6 +182,9 @@ def test_the_smallest_sufficient_file_is_taken(tmp_path: Path) -> None:
         expected = resize(arrays["train_images"][5], size, size).transpose(2, 0, 1)
         assert np.array_equal(data.train.images[5].numpy(), expected)
     assert len(data.train) == 700 and any("slides are not published" in note for note in data.notes)
+    assert not any("enlarged" in note for note in data.notes)
+    data = load("pathmnist", tmp_path, 65, tmp_path / "c")
+    assert "745 of 745 patches are enlarged from 64 to 65 px" in data.notes
 
 
 def test_damaged_pathmnist_is_named(tmp_path: Path) -> None:

@@ -96,9 +96,17 @@ def test_a_prepared_set_opens_at_any_size_and_under_its_own_name_only(prepared_p
     assert (small.train.images.float() - box).abs().max() <= 0.51
     assert torch.equal(small.train.groups, data.train.groups) and small.train.centre_names == ("A", "B")
     larger = load_dataset("slides", root=prepared_project, image_size=96, cache=tmp_path, progress=silent())
-    assert "patches are enlarged from 64 to 96 px" in larger.notes
+    assert "72 of 72 patches are enlarged from 64 to 96 px" in larger.notes
     with pytest.raises(UsageError, match="prepared from 'slides': use --dataset slides"):
         load_dataset("camelyon16", root=prepared_project, image_size=64, cache=tmp_path, progress=silent())
+
+
+def test_patches_of_slides_that_are_enlarged_are_counted(
+    slide_project: Path, prepared_project: Path, tmp_path: Path
+) -> None:
+    prepared(slide_project, tmp_path / "larger", size=260)
+    assert "72 of 72 patches are enlarged from 256 to 260 px" in store.read_dataset(tmp_path / "larger")["notes"]
+    assert not any("enlarged" in note for note in store.read_dataset(prepared_project)["notes"])
 
 
 def test_dry_run_counts_what_extraction_gives(

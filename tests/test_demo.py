@@ -103,6 +103,8 @@ def test_patches_come_from_tissue_with_the_annotation_as_label(tmp_path):
     assert set(ds.train.group_names) == {f"slide_{i:03d}" for i in range(4)}
     assert set(ds.test.group_names) == {"slide_004", "slide_005"}
     assert set(ds.train.centres.tolist()) == {0, 1} and ds.train.centre_names == demo.CENTRES
+    count = len(ds.train) + len(ds.test)
+    assert load(tmp_path, 130).notes == (*ds.notes, f"{count} of {count} patches are enlarged from 128 to 130 px")
     for i in range(len(ds.train)):
         assert ds.train.centres[i] == int(ds.train.group_names[ds.train.groups[i]][-3:]) % 2
     assert (ds.train.images.float().mean((1, 2, 3)) < 225).all(), "no patch of empty glass"

@@ -1,6 +1,7 @@
 """Patches that come as arrays in files: streamed into stores, never whole in memory."""
 
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ def write_arrays(
     groups: Sequence[str],
     columns: dict[str, Any],
     task: Any,
-) -> None:
+) -> Counter[int]:
     """Write ``[B,H,W,3]`` uint8 batches, resized to the store's size, with their labels, groups and columns.
+
+    Returns:
+        How many patches had how many pixels a side.
 
     Raises:
         HistoddError: another number of images than of labels.
     """
     start, size = 0, writer.image_size
+    sides: Counter[int] = Counter()
     for batch in batches:
         part = slice(start, start + len(batch))
         images = np.stack([resize(image, *size) for image in batch]).transpose(0, 3, 1, 2)
@@ -35,9 +40,11 @@ def write_arrays(
             images, labels[part].tolist(), groups[part], **{name: values[part] for name, values in columns.items()}
         )
         start += len(batch)
+        sides[min(batch.shape[1:3])] += len(batch)
         task.advance(len(batch))
     if start != len(labels):
         raise HistoddError(f"{start} images for {len(labels)} labels: the file is incomplete, fetch it again")
+    return sides
 
 
 def zip_array(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from histodd_bench.data import wsi
 from histodd_bench.data.annotations import polygon_mask, read_asap
 from histodd_bench.data.demo_render import MPP, draw_stain, render_slide
-from histodd_bench.data.images import resize
+from histodd_bench.data.images import enlarged, resize
 from histodd_bench.data.pyramid import write_pyramid
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.tissue import tissue_mask
@@ -76,15 +76,17 @@ def load(
 
     def build(folder: Path) -> list[str]:
         make_slides(slides, params, seed, workers=workers, progress=progress)
+        total = 0
         with progress.task("tiling demo slides", total=count) as task:
             for split, indices in _splits(params).items():
                 with StoreWriter(folder / split, (image_size, image_size), CLASSES, CENTRES) as writer:
                     for index in indices:
                         _tile(writer, slides / f"{_name(index)}.tif", _centre(index), image_size)
                         task.advance(1)
+                    total += len(writer)
                     if min(writer.finish().class_counts()) == 0:
                         raise HistoddError(f"the demo's {split} slides show one class only: draw more slides")
-        return notes
+        return notes + enlarged({int(FIELD / MPP): total}, total, image_size)
 
     return cached_dataset(cache, "demo", {**key, "tiling": _VERSION, "size": image_size}, True, build, progress)
 

@@ -7,6 +7,7 @@ machines by ``share``, goes on where it was. Patches are ordered by class, slide
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from histodd_bench.data import store
+from histodd_bench.data.images import enlarged
 from histodd_bench.data.jobs import Job, Report, Source, Tiling
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.template import write_template
@@ -200,6 +202,10 @@ def merge(
     if tiles:
         n = sum(facts.get("unreadable", 0) for facts in about.values())
         notes.append(f"{n} patches could not be decoded, in {_sentence(tiles, 'slides')}")
+    sides: Counter[int] = Counter()  # of patches before they were resized
+    for job in jobs:
+        sides += Counter({int(side): n for side, n in about[job.slide].get("sides", {}).items()})
+    notes += enlarged(sides, total, image_size)
     if copies:
         notes.append(_sentence(copies, "slides are copies of others and were left out"))
     return notes, about

@@ -3,7 +3,8 @@
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,6 +143,25 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
 
 
+def enlarged(sides: Mapping[int, int], total: int, image_size: int) -> list[str]:
+    """A note on patches that had fewer pixels than they are stored with: no detail was added. Empty where none had.
+
+    Args:
+        sides: how many patches had how many pixels a side.
+        total: how many patches there are.
+        image_size: side in pixels at which they are stored.
+    """
+    small = sorted(((n, side) for side, n in sides.items() if side < image_size), reverse=True)
+    if not small:
+        return []
+    count = f"{sum(n for n, _ in small)} of {total} patches are enlarged"
+    if len(small) == 1:
+        return [f"{count} from {small[0][1]} to {image_size} px"]
+    shown = ", ".join(f"{n} from {side} px" for n, side in small[:3])
+    more = f" and {sum(n for n, _ in small[3:])} from other sizes" if small[3:] else ""
+    return [f"{count} to {image_size} px: {shown}{more}"]
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """One image file that becomes one patch. ``columns`` are numbers kept beside it (x, y, centres)."""
@@ -178,8 +198,8 @@ def write_files(
     fit: Fit,
     workers: int = 1,
     advance: Callable[[int], object] = lambda n: None,
-) -> list[UnreadableImage]:
-    """Read image files into a store, in order, and return what could not be read.
+) -> tuple[list[UnreadableImage], Counter[int]]:
+    """Read image files into a store, in order.
 
     Args:
         writer: an open store of ``image_size`` square patches.
@@ -188,15 +208,20 @@ def write_files(
         fit: what to do with images that are not square, see :func:`square`.
         workers: decoding threads; the result does not depend on it.
         advance: called with the number of files just done.
+
+    Returns:
+        What could not be read, and how many of the others had how many pixels a side when they had been made square.
     """
 
-    def read(entry: FileEntry) -> np.ndarray | UnreadableImage:
+    def read(entry: FileEntry) -> tuple[np.ndarray, int] | UnreadableImage:
         try:
-            return resize(square(read_rgb(entry.path), fit), image_size, image_size).transpose(2, 0, 1)
+            pixels = square(read_rgb(entry.path), fit)
+            return resize(pixels, image_size, image_size).transpose(2, 0, 1), len(pixels)
         except UnreadableImage as error:
             return error
 
     skipped: list[UnreadableImage] = []
+    sides: Counter[int] = Counter()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for start in range(0, len(entries), _CHUNK):
             chunk = entries[start : start + _CHUNK]
@@ -205,11 +230,11 @@ def write_files(
             good = [(e, r) for e, r in zip(chunk, results, strict=True) if not isinstance(r, UnreadableImage)]
             if good:
                 columns = {name: [dict(e.columns)[name] for e, _ in good] for name, _ in good[0][0].columns}
-                writer.append(
-                    np.stack([r for _, r in good]), [e.label for e, _ in good], [e.group for e, _ in good], **columns
-                )
+                images = np.stack([patch for _, (patch, _) in good])
+                writer.append(images, [e.label for e, _ in good], [e.group for e, _ in good], **columns)
+                sides.update(side for _, (_, side) in good)
             advance(len(chunk))
-    return skipped
+    return skipped, sides
 
 
 def write_stores(
@@ -225,7 +250,7 @@ def write_stores(
     skipped: Sequence[tuple[Path, str]] = (),
     progress: Any,
 ) -> tuple[Splits, list[str]]:
-    """Write one store per split under ``folder`` and say what was left out.
+    """Write one store per split under ``folder`` and say what was left out or enlarged.
 
     Whether a file can be read shows when it is read. What cannot must not move the others from one side to the other: where
     the splits come out otherwise without it, they are written a second time.
@@ -235,7 +260,7 @@ def write_stores(
         skipped: files the adapter left out already, with the reason; counted with the unreadable ones.
 
     Returns:
-        The files in each store, and notes: at most one sentence.
+        The files in each store, and notes: at most two sentences.
 
     Raises:
         HistoddError: a class that the listing has is left without a single readable training image, or no test image is.
@@ -254,14 +279,16 @@ def write_stores(
                 raise HistoddError(f"{printable(root)}: class {name!r} has no readable training image; {skips()}")
 
     while True:
+        sides: Counter[int] = Counter()
         with progress.task(f"reading {root.resolve().name} at {image_size} px", sum(map(len, chosen.values()))) as task:
             for split, entries in chosen.items():
                 with StoreWriter(folder / split, (image_size, image_size), classes, centre_names) as writer:
-                    found = write_files(
+                    found, of = write_files(
                         writer, entries, image_size=image_size, fit=fit, workers=workers, advance=task.advance
                     )
                     writer.finish()
                 bad |= {error.path: error.reason for error in found}
+                sides += of
         written = {split: without(entries, bad) for split, entries in chosen.items()}
         require_classes(*written.values())  # no other split would bring one back
         try:
@@ -274,7 +301,7 @@ def write_stores(
     require_classes(written["train"])
     if not written["test"]:
         raise HistoddError(f"{printable(root)}: there is no readable test image; {skips()}")
-    return written, [skips()] if skipped or bad else []
+    return written, ([skips()] if skipped or bad else []) + enlarged(sides, sides.total(), image_size)
 
 
 def _skips(skipped: Sequence[tuple[Path, str]], total: int, root: Path) -> str:

@@ -7,6 +7,7 @@ slide has one; between the two it is left out.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,6 +184,7 @@ class SlideJob:
                 if len(bad) and len(bad) == len(corners):
                     raise SlideError(self.path, f"not one of its {len(corners)} tiles can be decoded")
                 about = {
+                    "sides": {size: len(writer)},
                     "unreadable": len(bad),
                     "tiles": [f"({x}, {y})" for x, y in bad[:_NAMED]],
                     "quickhash": slide.quickhash,
@@ -216,6 +218,7 @@ class FilesJob:
     def extract(self, target: Path, tiling: Tiling, image_size: int, classes: Sequence[str], report: Report) -> None:
         """As :meth:`SlideJob.extract`; files that cannot be read are counted, one at a time is in memory."""
         bad: list[str] = []
+        sides: Counter[int] = Counter()
         with StoreWriter(target, (image_size, image_size), classes) as writer:
             for path, label, x, y, field in self.files:
                 try:
@@ -225,10 +228,11 @@ class FilesJob:
                     continue
                 patch = resize(pixels, image_size, image_size).transpose(2, 0, 1)[None]
                 writer.append(patch, [label], [self.slide], x=[x], y=[y], level=[0], mpp=[field / image_size])
+                sides[len(pixels)] += 1
                 report(1)
             if len(bad) == len(self.files):
                 raise SlideError(self.files[0][0].parent, f"no readable image of slide {self.slide}: {bad[0]}")
-            writer.finish(about={"unreadable": len(bad), "tiles": bad[:_NAMED]}, fingerprint=False)
+            writer.finish(about={"sides": sides, "unreadable": len(bad), "tiles": bad[:_NAMED]}, fingerprint=False)
 
 
 Job = SlideJob | FilesJob

@@ -7,12 +7,14 @@ set, its validation set is not used, its test set (another centre's) is the test
 
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from histodd_bench.data.arrays import read_zip_array, write_arrays, zip_array
+from histodd_bench.data.images import enlarged
 from histodd_bench.data.listing import fingerprint
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.errors import HistoddError
@@ -49,6 +51,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
         labels = {split: _labels(archive, split) for split in ("train", "test")}
 
     def build(folder: Path) -> list[str]:
+        sides: Counter[int] = Counter()
         try:
             with _opened(path) as archive:
                 for split, values in labels.items():
@@ -57,13 +60,15 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
                         progress.task(f"reading {path.name}, {split}", len(values)) as task,
                         StoreWriter(folder / split, (image_size, image_size), CLASSES) as writer,
                     ):
-                        write_arrays(writer, read_zip_array(archive, f"{split}_images"), values, groups, {}, task)
+                        images = read_zip_array(archive, f"{split}_images")
+                        sides += write_arrays(writer, images, values, groups, {}, task)
                         writer.finish()
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise HistoddError(f"{path} is damaged ({error}): fetch it again") from None
         return [
             "slides are not published: every patch counts as its own slide, and splits within the training set may divide one",
             "the official validation set is not used",
+            *enlarged(sides, sides.total(), image_size),
         ]
 
     key = {"adapter": f"pathmnist {_VERSION}", "file": fingerprint([path], root), "size": image_size}

@@ -4,6 +4,7 @@ Files are ``camelyonpatch_level_2_split_{train,test}_{x,y}.h5`` and, so that pat
 ``..._meta.csv`` (columns wsi, coord_x, coord_y), in the root or in ``pcam/``. The official validation set is not used.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from histodd_bench.data.arrays import require_file, write_arrays
 from histodd_bench.data.clam import hdf5
 from histodd_bench.data.csv_tables import read_table
+from histodd_bench.data.images import enlarged
 from histodd_bench.data.listing import fingerprint
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.errors import HistoddError
@@ -37,6 +39,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     tables = {split: _meta(root, split, len(values)) for split, values in labels.items()}
 
     def build(folder: Path) -> list[str]:
+        sides: Counter[int] = Counter()
         for split, values in labels.items():
             groups, columns = tables[split] or ([f"{split} {i}" for i in range(len(values))], {})
             path = _file(root, split, "x.h5")
@@ -55,7 +58,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
                     ):
                         raise ValueError(f"x is {images.dtype} {images.shape}")
                     batches = (images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK))
-                    write_arrays(writer, batches, values, groups, columns, task)
+                    sides += write_arrays(writer, batches, values, groups, columns, task)
                     writer.finish()
             except (KeyError, ValueError, OSError, AttributeError) as error:
                 raise HistoddError(f"{path} is damaged or not PatchCamelyon's ({error}): fetch it again") from None
@@ -64,7 +67,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
             notes.append(
                 "WARNING: no ..._meta.csv: every patch counts as its own slide, so splits within the training set may divide one"
             )
-        return notes
+        return notes + enlarged(sides, sides.total(), image_size)
 
     files = [_file(root, s, what) for s in labels for what in ("x.h5", "y.h5")]
     files += [p for s in labels if (p := _find_meta(root, s)) is not None]

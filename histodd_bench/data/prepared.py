@@ -16,7 +16,7 @@ import numpy as np
 
 from histodd_bench.data import store
 from histodd_bench.data.extract import SHARDS, Outcome, extract, merge, require_sides
-from histodd_bench.data.images import resize
+from histodd_bench.data.images import enlarged, resize
 from histodd_bench.data.jobs import Job, Source, Tiling
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, read_dataset, write_dataset
@@ -170,8 +170,7 @@ def load_prepared(root: Path, name: str, image_size: int, cache: Path, workers: 
             for split, patches in (("train", dataset.train), ("test", dataset.test)):
                 _resized(patches, image_size, folder / split, workers, task.advance)
         write_template(folder, progress)
-        larger = [f"patches are enlarged from {stored} to {image_size} px"] if image_size > stored else []
-        return [*dataset.notes, *larger]
+        return [*dataset.notes, *enlarged({stored: total}, total, image_size)]
 
     key = {"prepared": [dataset.train.fingerprint(), dataset.test.fingerprint()], "size": image_size}
     return cached_dataset(cache, name, key, dataset.procedural, build, progress)
