@@ -1,7 +1,9 @@
 """Macenko stain normalisation: from a batched fit to one optical-density affine per patch, and the template (paper 3.1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +135,8 @@ def _tensor(images: Tensor) -> Tensor:
 class MacenkoNormalizer(nn.Module):
     """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched, differentiable, and usable as a module.
 
-    The target is part of ``state_dict`` and moves with ``to(device)``. Gradients pass through the map that is applied
+    The target is part of ``state_dict`` and moves with ``to(device)``; it stays float64 when a model is cast, by ``half()``
+    say, since rounding it would shift the colours of everything that is normalised. Gradients pass through the map that is applied
     to every pixel, exactly, and not through the fits (see :mod:`histodd_bench.ops.macenko_fit`).
 
     Args:
@@ -150,6 +153,15 @@ class MacenkoNormalizer(nn.Module):
         self.target_concentration: Tensor
         self.register_buffer("target_stain", torch.tensor(template.stain_matrix, dtype=torch.float64))
         self.register_buffer("target_concentration", torch.tensor(template.max_concentration, dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.target_stain, self.target_concentration
+        super()._apply(fn, recurse)  # what half(), to() and their like call, also those of a model this is a part of
+        self.target_stain, self.target_concentration = (
+            now if now.dtype == old.dtype else old.to(now.device)
+            for old, now in zip(before, (self.target_stain, self.target_concentration), strict=True)
+        )
+        return self
 
     @property
     def template(self) -> StainTemplate:

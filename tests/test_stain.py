@@ -1,9 +1,14 @@
 """Template choice, statistics and the fit / normalise pair."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_sets import render, stained, two_classes
+from torch import nn
 
+from histodd_bench.augment import SiameseAugment
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.ops import macenko_fit
 from histodd_bench.stain import MacenkoNormalizer, Preprocessing, StainTemplate, describe, fit_affine, fit_set
@@ -41,6 +46,37 @@ def test_blank_patches_come_back_as_they_are_and_leave_neighbours_alone() -> Non
     assert torch.equal(together[1], patches[1].float() / 255)
     alone = MacenkoNormalizer().normalize(patches[:1])
     torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16), lambda m: m.type(torch.float32)],
+    ids=["half", "bfloat16", "to", "type"],
+)
+def test_casting_a_model_leaves_the_target_as_it_is(cast: Callable[[nn.Module], nn.Module]) -> None:
+    patches = stained(5, 48)
+    normalizer = MacenkoNormalizer().fit(patches[4])
+    expected, saved = normalizer.normalize(patches), copy.deepcopy(normalizer.state_dict())
+    assert not any(torch.equal(t, t.bfloat16().double()) for t in saved.values())
+    model = nn.Sequential(SiameseAugment(normalizer=normalizer), nn.Conv2d(3, 2, 3))
+    assert cast(model) is model and model[1].weight.dtype != torch.float64
+    assert torch.equal(normalizer.normalize(patches), expected)
+    assert saved.keys() == normalizer.state_dict().keys() == {"target_stain", "target_concentration"}
+    for name, value in normalizer.state_dict().items():
+        assert value.dtype == torch.float64 and torch.equal(value, saved[name])
+
+
+def test_the_target_moves_with_a_model() -> None:
+    patches = stained(5, 48)
+    normalizer = MacenkoNormalizer().fit(patches[4])
+    expected, saved = normalizer.normalize(patches), copy.deepcopy(normalizer.state_dict())
+    model = nn.Sequential(normalizer, nn.Conv2d(3, 2, 3)).to("meta", torch.float16)
+    for moved in (normalizer.target_stain, normalizer.target_concentration):
+        assert moved.device.type == "meta" and moved.dtype == torch.float64
+    model.to_empty(device="cpu")
+    normalizer.load_state_dict(saved)
+    assert normalizer.to("cpu").target_stain.device.type == "cpu"
+    assert torch.equal(normalizer.normalize(patches), expected)
 
 
 def test_a_blank_target_is_refused() -> None:
