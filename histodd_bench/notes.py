@@ -169,4 +169,5 @@ def _beside(table: Table, environment: dict[str, Any]) -> int:
 def _device(table: Table, environment: dict[str, Any]) -> str:
     side = _beside(table, environment)
     beside = f", {side} processes side by side" if side else ""
-    return f"{environment['device']}, {environment['threads']} threads{beside}"
+    threads = environment["threads"]
+    return f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}{beside}"
