@@ -34,7 +34,7 @@ def built(compiled, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("capability", "files"),
     [
-        ("9.0", ["cuda"]),
+        ("9.0", ["cuda", "bounds"]),
         ("9.0", ["gradient_distance", "macenko_affine", "stain_augment", "stain_augment_compiled"]),
         ("9.0", ["macenko_fit", "macenko_fit_compiled"]),
         ("7.5", ["macenko_fit_compiled"]),  # its shared memory holds less
