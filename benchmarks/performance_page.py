@@ -31,7 +31,8 @@ launches and Python included; *on device* is the GPU's own clock between the fir
 is by that. *memory* is what a call takes on top of its inputs: on a CPU the
 growth of the resident set, tensors and working memory. *beside compiled* is how many times as long as the compiled
 operator. On Linux a result beyond 32 MiB is new memory from the system at every call, whose first touch can take
-longer than the arithmetic; that is so for every backend.
+longer than the arithmetic; that is so for every backend. Smaller results use freed memory again
+(`environment.keep_freed_memory`); in a process that does not ask for that, every backend takes longer.
 """
 NO_GPU = """\
 **There are no GPU figures.** The CUDA kernels compile for sm_75 to sm_90 and have not been run on a GPU yet;
