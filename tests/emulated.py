@@ -4,12 +4,18 @@ The extension built here has the sources of ``csrc/cuda`` behind the operators o
 the place of ``histodd_bench._C``: one process has the one or the other.
 """
 
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+# What C++ leaves undefined ends the process: a division by zero, an overflow, a read of four pixels from an address that
+# is not a multiple of their size.
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
 
 
 def fit(text: str) -> str:
@@ -21,6 +27,13 @@ def fit(text: str) -> str:
     text = re.sub(r"const __grid_constant__ ([\w<>, ]+?) (\w+)([,)])", r"const \1& \2\3", text)
     text = text.replace("__noinline__", "").replace("(histodd, CUDA, m)", "(histodd, CPU, m)")
     return text.replace('kind == "l1" && real[0].is_cpu()', "false")
+
+
+def undefined_flags() -> list[str]:
+    """None where the compiler's package lacks the sanitizer's library."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = ["c++", *UNDEFINED, "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", f"{folder}/empty.so"]
+        return list(UNDEFINED) if subprocess.run(program, capture_output=True, check=False).returncode == 0 else []
 
 
 def extension(build: Path) -> ModuleType:
@@ -39,6 +52,7 @@ def extension(build: Path) -> ModuleType:
             to.write_text(text)
         if to.suffix == ".cpp":
             sources.append(str(to))
+    undefined = undefined_flags()
     objects = build / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     module = load(
@@ -52,7 +66,9 @@ def extension(build: Path) -> ModuleType:
             "-Wno-unknown-pragmas",
             "-Wno-ignored-attributes",
             "-U_FORTIFY_SOURCE",
+            *undefined,
         ],
+        extra_ldflags=undefined,
         build_directory=str(objects),
         with_cuda=False,
     )

@@ -24,28 +24,27 @@ from histodd_bench.ops import gradient_distance, macenko_affine, macenko_fit
 PAGE = mmap.PAGESIZE
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((1, 1, 1), (2, 1, 9), (3, 5, 7), (1, 16, 16), (2, 33, 65), (1, 64, 64), (1, 130, 131), (1, 40, 1000))
+PLACES = ("begin", "end", "odd")
 kept = []  # the memory of tensors in use
 
 
-def guarded(t: torch.Tensor, at_end: bool) -> torch.Tensor:
-    """A copy with the same strides that ends, or begins, at a page that may not be touched."""
+def guarded(t: torch.Tensor, place: str) -> torch.Tensor:
+    """A copy with the same strides whose memory begins or ends at a page that may not be touched ("begin", "end"), or
+    begins one element later ("odd"), where nothing larger than an element is aligned.
+    """
     size = t.numel() * t.element_size()
     if size == 0:
         return t
-    pages = -(-size // PAGE)
+    pages = -(-(size + t.element_size()) // PAGE)
     memory = mmap.mmap(-1, (pages + 2) * PAGE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for page in (0, pages + 1):
         if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + page * PAGE), PAGE, 0) != 0:
             raise OSError(ctypes.get_errno(), "mprotect")
     kept.append(memory)
-    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    offset = PAGE + {"begin": 0, "end": pages * PAGE - size, "odd": t.element_size()}[place]
     flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
     return flat.as_strided(t.shape, t.stride()).copy_(t)
-
-
-def both(t: torch.Tensor) -> list[torch.Tensor]:
-    return [guarded(t, at_end) for at_end in (False, True)]
 
 
 def check_stain_augment() -> int:
@@ -62,8 +61,9 @@ def check_stain_augment() -> int:
         op, backward = torch.ops.histodd.stain_augment, torch.ops.histodd.stain_augment_backward
         expected = op(x, *small, 240.0, up.dtype, last)
         grads = backward(up, x, *small, 240.0, dtype != torch.uint8, True)
-        for image, upstream, at_end in zip(both(x), both(up), (False, True), strict=True):
-            tight = [t if t is None else guarded(t, at_end) for t in small]
+        for place in PLACES:
+            image, upstream = guarded(x, place), guarded(up, place)
+            tight = [t if t is None else guarded(t, place) for t in small]
             torch.testing.assert_close(op(image, *tight, 240.0, up.dtype, last), expected)
             got = backward(upstream, image, *tight, 240.0, dtype != torch.uint8, True)
             torch.testing.assert_close(got, grads)
@@ -80,10 +80,10 @@ def check_macenko() -> int:
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         expected = macenko_fit(x)
         target = torch.tensor([[0.6, 0.2], [0.7, 0.9], [0.3, 0.1]], dtype=torch.float64), torch.ones(2).double()
-        for image, at_end in zip(both(x), (False, True), strict=True):
-            fit = macenko_fit(image)
+        for place in PLACES:
+            fit = macenko_fit(guarded(x, place))
             assert all(torch.equal(a, b) for a, b in zip(fit, expected, strict=True)), (n, h, w, dtype, last)
-            macenko_affine(*(guarded(t, at_end) for t in (*fit[:2], *target)))
+            macenko_affine(*(guarded(t, place) for t in (*fit[:2], *target)))
             count += 1
         kept.clear()
     return count
@@ -101,8 +101,8 @@ def check_gradient_distance() -> int:
             value = gradient_distance(real, synthetic, kind, per_layer)
             return value.detach(), torch.autograd.grad(value.sum(), leaves)
 
-        for at_end in (False, True):
-            value, grads = value_and_gradients(*([guarded(t, at_end) for t in side] for side in lists))
+        for place in PLACES:
+            value, grads = value_and_gradients(*([guarded(t, place) for t in side] for side in lists))
             expected, exact = value_and_gradients(*([t.clone() for t in side] for side in lists))
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(grads, exact)
