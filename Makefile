@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.histodd-bench/$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 # An upgraded torch needs a rebuild: pip writes RECORD when it installs.
 TORCH := $(wildcard $(VENV)/lib/python3*/site-packages/torch-*.dist-info/RECORD)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*/*/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 ARGS ?=
 
 .PHONY: table1 test bench lint build clean

@@ -291,6 +291,8 @@ def write_stores(
                 sides += of
         written = {split: without(entries, bad) for split, entries in chosen.items()}
         require_classes(*written.values())  # no other split would bring one back
+        if not bad:
+            break
         try:
             chosen = splits(bad)
         except HistoddError as error:
