@@ -9,7 +9,6 @@
 #include <c10/util/string_view.h>
 
 #include <optional>
-#include <string_view>
 
 #include "gradient_distance.h"
 #include "macenko_fit.h"
@@ -25,15 +24,18 @@ inline void check_io(double io) {
   TORCH_CHECK_VALUE(io > 1e-6 && io < 1e9, "io must be positive and of the order of grey levels, got ", io);
 }
 
+inline void check_image(const at::Tensor& image) {
+  TORCH_CHECK_VALUE(image.dim() == 4 && image.size(1) == 3, "image must be [N,3,H,W], got ", image.sizes());
+  TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
+                    "image must be uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
+}
+
 // ---- macenko_fit ----
 
 inline FitOptions fit_options(const at::Tensor& image, double io, double beta, double alpha, double min_tissue,
                               double min_concentration, c10::string_view interpolation, bool plus_one,
                               c10::string_view sign) {
-  TORCH_CHECK_VALUE(image.dim() == 4 && image.size(1) == 3, "image must be [N,3,H,W], got ", image.sizes());
-  TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
-                    "image is uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
-  TORCH_CHECK_VALUE(image.layout() == at::kStrided, "image is dense, got ", image.layout());
+  check_image(image);
   check_io(io);
   TORCH_CHECK_VALUE(std::isfinite(beta), "beta must be finite, got ", beta);
   TORCH_CHECK_VALUE(alpha >= 0 && alpha <= 50, "alpha must be a percentage from 0 to 50, got ", alpha);
@@ -63,17 +65,18 @@ inline FitOutputs fit_outputs(const at::Tensor& image) {
 inline void check_macenko_affine(const at::Tensor& stain_matrix, const at::Tensor& top, const at::Tensor& target,
                                  const at::Tensor& target_top) {
   const int64_t n = stain_matrix.dim() > 0 ? stain_matrix.size(0) : -1;
-  const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape, bool typed) {
-    TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be ", shape, ", got ", t.sizes());
-    TORCH_CHECK_VALUE(t.device() == stain_matrix.device() && t.layout() == at::kStrided, name, " lies on ", t.device(),
-                      ", stain_matrix on ", stain_matrix.device());
-    TORCH_CHECK_VALUE(typed, name, " has the wrong dtype, ", t.scalar_type());
-  };
   const at::ScalarType type = stain_matrix.scalar_type();
-  check("stain_matrix", stain_matrix, {n, 3, 2}, type == at::kFloat || type == at::kDouble);
-  check("max_concentration", top, {n, 2}, top.scalar_type() == type);
-  check("target", target, {3, 2}, target.scalar_type() == at::kDouble);
-  check("target_top", target_top, {2}, target_top.scalar_type() == at::kDouble);
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "stain_matrix must be float32 or float64, got ", type);
+  const auto check = [&](const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType expected) {
+    TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be ", shape, ", got ", t.sizes());
+    TORCH_CHECK_VALUE(t.device() == stain_matrix.device(), name, " lies on ", t.device(), ", stain_matrix on ",
+                      stain_matrix.device());
+    TORCH_CHECK_VALUE(t.scalar_type() == expected, name, " must be ", expected, ", got ", t.scalar_type());
+  };
+  check("stain_matrix", stain_matrix, {n, 3, 2}, type);
+  check("max_concentration", top, {n, 2}, type);
+  check("target", target, {3, 2}, at::kDouble);
+  check("target_top", target_top, {2}, at::kDouble);
 }
 
 // ---- gradient_distance ----
@@ -91,29 +94,32 @@ inline void check_gradient_lists(at::TensorList real, at::TensorList synthetic) 
                     synthetic.size());
   for (size_t i = 0; i < real.size(); ++i) {
     const at::Tensor &r = real[i], &s = synthetic[i];
-    TORCH_CHECK_VALUE(r.sizes() == s.sizes(), "layer ", i, ": pairs share their shape, got ", r.sizes(), " and ",
-                      s.sizes());
+    TORCH_CHECK_VALUE(r.sizes() == s.sizes(), "layer ", i, ": synthetic must be ", r.sizes(), ", got ", s.sizes());
     TORCH_CHECK_VALUE(r.scalar_type() == s.scalar_type(), "layer ", i, ": pairs share their dtype, got ",
                       r.scalar_type(), " and ", s.scalar_type());
     TORCH_CHECK_VALUE(is_real_floating(r.scalar_type()), "layer ", i,
                       ": gradients are float64, float32, float16 or bfloat16, got ", r.scalar_type());
-    TORCH_CHECK_VALUE(r.layout() == at::kStrided && s.layout() == at::kStrided, "layer ", i,
-                      ": gradients are dense, got ", r.layout(), " and ", s.layout());
     TORCH_CHECK_VALUE(r.device() == real[0].device() && s.device() == real[0].device(), "layer ", i,
                       ": all gradients lie on one device, got ", r.device(), " and ", s.device(), " after layer 0 on ",
                       real[0].device());
   }
 }
 
-// stain_augment: shapes, dtypes and devices of everything that goes into it. `out` is the dtype of the result.
+// ---- stain_augment ----
+
+// The two layouts in which images are read; a tensor of any other is copied first.
+inline bool is_channels_last(const at::Tensor& t) {
+  return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+inline at::Tensor either_format(const at::Tensor& t) { return is_channels_last(t) ? t : t.contiguous(); }
+
+// Shapes, dtypes and devices of everything that goes into it. `out` is the dtype of the result.
 inline void check_stain_augment(const at::Tensor& image, const std::optional<at::Tensor>& stain,
                                 const std::optional<at::Tensor>& warp, const std::optional<at::Tensor>& mean,
                                 const std::optional<at::Tensor>& std, const std::optional<at::Tensor>& valid, double io,
                                 at::ScalarType out) {
-  TORCH_CHECK_VALUE(image.dim() == 4 && image.size(1) == 3, "image must be [N,3,H,W], got ", image.sizes());
-  TORCH_CHECK_VALUE(image.layout() == at::kStrided, "image must be dense, got ", image.layout());
-  TORCH_CHECK_VALUE(image.scalar_type() == at::kByte || is_real_floating(image.scalar_type()),
-                    "image must be uint8, float64, float32, float16 or bfloat16, got ", image.scalar_type());
+  check_image(image);
   TORCH_CHECK_VALUE(is_real_floating(out), "dtype must be float64, float32, float16 or bfloat16, got ", out);
   TORCH_CHECK_VALUE(image.size(2) < (1 << 23) && image.size(3) < (1 << 23), "image is too large: ", image.sizes());
   check_io(io);
@@ -122,24 +128,25 @@ inline void check_stain_augment(const at::Tensor& image, const std::optional<at:
     if (!t) return;
     TORCH_CHECK_VALUE(t->sizes() == shape, name, " must be ", shape, ", got ", t->sizes());
     TORCH_CHECK_VALUE(t->device() == image.device(), name, " lies on ", t->device(), ", image on ", image.device());
-    TORCH_CHECK_VALUE(t->layout() == at::kStrided, name, " must be dense, got ", t->layout());
-    TORCH_CHECK_VALUE(
-        std::string_view(name) == "valid" ? t->scalar_type() == at::kBool : is_real_floating(t->scalar_type()), name,
-        " has the wrong dtype, ", t->scalar_type());
+  };
+  const auto check_floating = [&](const char* name, const std::optional<at::Tensor>& t, at::IntArrayRef shape) {
+    check(name, t, shape);
+    TORCH_CHECK_VALUE(!t || is_real_floating(t->scalar_type()), name,
+                      " must be float64, float32, float16 or bfloat16, got ", t->scalar_type());
   };
   const int64_t n = image.size(0);
-  check("stain", stain, {n, 3, 4});
-  check("warp", warp, {n, 2, 3});
-  check("mean", mean, {3});
-  check("std", std, {3});
+  check_floating("stain", stain, {n, 3, 4});
+  check_floating("warp", warp, {n, 2, 3});
+  check_floating("mean", mean, {3});
+  check_floating("std", std, {3});
   check("valid", valid, {n});
+  TORCH_CHECK_VALUE(!valid || valid->scalar_type() == at::kBool, "valid must be bool, got ", valid->scalar_type());
 }
 
 inline void check_stain_augment_backward(const at::Tensor& grad, const at::Tensor& image,
                                          const std::optional<at::Tensor>& stain, bool need_image, bool need_stain) {
   TORCH_CHECK_VALUE(grad.sizes() == image.sizes(), "grad must be like image, ", image.sizes(), ", got ", grad.sizes());
-  TORCH_CHECK_VALUE(grad.device() == image.device() && grad.layout() == at::kStrided, "grad lies on ", grad.device(),
-                    ", image on ", image.device());
+  TORCH_CHECK_VALUE(grad.device() == image.device(), "grad lies on ", grad.device(), ", image on ", image.device());
   TORCH_CHECK_VALUE(!need_image || is_real_floating(image.scalar_type()), "an image of ", image.scalar_type(),
                     " has no gradient");
   TORCH_CHECK_VALUE(!need_stain || stain, "there is no stain to differentiate");

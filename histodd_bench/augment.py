@@ -74,8 +74,9 @@ class SiameseAugment(nn.Module):
 
     def draw(self, generator: Generator | None = None, n: int = 1) -> Draw:
         """Draw parameters for ``n`` patches (1: shared by a batch), on the CPU. Always consumes the same random numbers."""
-        u = torch.rand(n, 5, generator=generator)
-        identity, warp = torch.eye(2).expand(n, 2, 2), None
+        cpu, warp = torch.device("cpu"), None
+        # With a generator of None torch.compile takes no symbolic sizes.
+        u = torch.rand(n, 5, device=cpu) if generator is None else torch.rand(n, 5, generator=generator, device=cpu)
         if "scale" in self.operations:
             factor = 1 / self.ratio + (self.ratio - 1 / self.ratio) * u[:, :2]
             warp = torch.diag_embed(1 / factor)
@@ -83,14 +84,14 @@ class SiameseAugment(nn.Module):
             angle = (2 * u[:, 2] - 1) * math.radians(self.degrees)
             cos, sin = angle.cos(), angle.sin()
             turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
-            warp = turn if warp is None else warp @ turn
+            warp = turn if warp is None else turn * (1 / factor)[:, :, None]
         if "flip" in self.operations:
             mirror = torch.where(u[:, 3] < 0.5, -1.0, 1.0)
-            flip = torch.stack([mirror, torch.ones(n)], 1).diag_embed()
-            warp = flip if warp is None else flip @ warp
-        stain = u[:, 4] < self.stain_probability if "stain" in self.operations else torch.zeros(n, dtype=torch.bool)
+            sides = torch.stack([mirror, torch.ones_like(mirror)], 1)
+            warp = sides.diag_embed() if warp is None else sides[:, :, None] * warp
+        stain = u[:, 4] < (self.stain_probability if "stain" in self.operations else 0.0)
         if warp is not None:
-            warp = torch.cat([warp.expand_as(identity), torch.zeros(n, 2, 1)], 2)
+            warp = torch.cat([warp, torch.zeros(n, 2, 1, device=cpu)], 2)
         return Draw(warp, stain)
 
     def forward(self, images: Tensor, draw: Draw | None = None, fit: StainFit | None = None) -> Tensor:
@@ -107,10 +108,11 @@ class SiameseAugment(nn.Module):
         Raises:
             ValueError: a draw or fit of another number of patches.
         """
-        n = len(images)
-        if draw is None:
-            draw = self.draw(n=n) if self.training else Draw(None, torch.zeros(1, dtype=torch.bool))
-        if len(draw.stain) not in (1, n):
+        if draw is None and not self.training:
+            return stain_augment(images)
+        n = images.shape[0]
+        draw = draw or self.draw(n=n)
+        if draw.stain.shape[0] not in (1, n):
             raise ValueError(f"one draw for all or one per patch: got {len(draw.stain)} draws for {n} patches")
         warp = None if draw.warp is None else draw.warp.to(images.device).expand(n, 2, 3)
         # Compiled code does not look at values, and fits stains that nobody wants.

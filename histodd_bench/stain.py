@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.ops import macenko_affine, macenko_fit, stain_augment
-from histodd_bench.ops.macenko_fit import OK, OUT_OF_RANGE, STATUS_NAMES
+from histodd_bench.ops._extension import require_tensor
+from histodd_bench.ops.macenko_fit import OK, OUT_OF_RANGE, STATUS_NAMES, in_range, refuse_out_of_range
 from histodd_bench.stain_definitions import Definition, StainFit
 from histodd_bench.stain_definitions import definition as find_definition
 
@@ -74,10 +74,6 @@ class Preprocessing:
     template: StainTemplate = StainTemplate()
     template_index: int = -1
 
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.mean), torch.tensor(self.std)
-
     def __call__(
         self,
         images: Tensor,
@@ -87,10 +83,10 @@ class Preprocessing:
         valid: Tensor | None = None,
     ) -> Tensor:
         """Patches as a network sees them: warp, stain affine where ``valid``, channel normalisation. ``[N,3,H,W]`` float32."""
-        mean, std = (t.to(images.device) for t in self._tensors)
-        if stain is not None:
-            assert valid is not None
-            stain, valid = stain.to(images.device), valid.to(images.device)
+        device = images.device
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (self.mean, self.std))
+        stain = None if stain is None else stain.to(device)
+        valid = None if valid is None else valid.to(device)
         return stain_augment(images, stain, warp, mean, std, valid=valid)
 
 
@@ -123,21 +119,17 @@ def describe(train: PatchSet) -> Preprocessing:
     return Preprocessing(channel_mean, channel_std)  # type: ignore[arg-type]
 
 
-def _tensor(images: Tensor) -> Tensor:
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            f"images are torch tensors [N,3,H,W], got {type(images).__name__}: for arrays [N,H,W,3] "
-            "torch.from_numpy(images).permute(0, 3, 1, 2)"
-        )
-    return images
+def _batch(images: Tensor) -> Tensor:
+    require_tensor("images", images)
+    return images[None] if images.ndim == 3 else images
 
 
 class MacenkoNormalizer(nn.Module):
     """The familiar ``fit(target)`` / ``normalize(images)`` pair, batched, differentiable, and usable as a module.
 
-    The target is part of ``state_dict`` and moves with ``to(device)``; it stays float64 when a model is cast, by ``half()``
-    say, since rounding it would shift the colours of everything that is normalised. Gradients pass through the map that is applied
-    to every pixel, exactly, and not through the fits (see :mod:`histodd_bench.ops.macenko_fit`).
+    The target is part of ``state_dict`` (the definition is not) and moves with ``to(device)``; it stays float64 when a model is
+    cast, by ``half()`` say, since rounding it would shift the colours of everything that is normalised. Gradients pass through the
+    map that is applied to every pixel, exactly, and not through the fits (see :mod:`histodd_bench.ops.macenko_fit`).
 
     Args:
         template: normalise to this instead of calling :meth:`fit`; the Macenko reference by default.
@@ -181,7 +173,7 @@ class MacenkoNormalizer(nn.Module):
         if isinstance(target, StainFit):
             found = target
         else:
-            found = self.definition.fit(target if _tensor(target).ndim == 4 else target[None])
+            found = self.definition.fit(_batch(target))
         if len(found.status) != 1:
             raise ValueError(f"the target is one image or one pool of patches, got {len(found.status)}")
         if int(found.status[0]) != OK:
@@ -193,7 +185,7 @@ class MacenkoNormalizer(nn.Module):
 
     def estimate(self, images: Tensor, check: bool = False) -> StainFit:
         """Detached fits of ``[N,3,H,W]``, to be kept and given to :meth:`normalize`; ``check`` raises on a wrong scale."""
-        return self.definition.fit(_tensor(images), check)
+        return self.definition.fit(_batch(images), check)
 
     def normalize(
         self,
@@ -207,20 +199,31 @@ class MacenkoNormalizer(nn.Module):
         """``[N,3,H,W]`` uint8 or float -> float in [0, 1]; patches that cannot be fitted come back as they are.
 
         Args:
-            images: patches.
+            images: patches, or one patch ``[3,H,W]``, whose result is ``[3,H,W]`` too.
             fit: use these stains instead of fitting every patch: one fit per patch, or one (of a slide) for all.
             check: synchronise and raise if a patch is on the wrong scale, such as floats up to 255.
             warp: ``[N,2,3]``, turns patches in the same pass, see :func:`~histodd_bench.ops.stain_augment`.
             where: ``[N]`` or ``[1]`` bool: which patches to normalise; the others keep their stains.
 
         Raises:
-            ValueError: another number of fits than of patches; with ``check``, images out of range.
+            ValueError: another number of fits or of ``where`` than of patches; with ``check``, images out of range.
+            TypeError: images that are no tensor.
         """
-        fit = self.estimate(images, check) if fit is None else StainFit(*(t.to(images.device) for t in fit))
-        if len(fit.status) not in (1, len(images)):
+        one, images = images, _batch(images)
+        if fit is None:
+            fit = self.estimate(images, check)
+        else:
+            fit = StainFit(*(t.to(images.device) for t in fit))
+            if check:
+                refuse_out_of_range(~in_range(images))
+        n = images.shape[0]
+        if fit.status.shape[0] not in (1, n):
             raise ValueError(f"one fit for all or one per patch: got {len(fit.status)} fits for {len(images)} patches")
+        if where is not None and (where.dtype != torch.bool or where.ndim != 1 or where.shape[0] not in (1, n)):
+            raise ValueError(f"where must be bool, [N] or [1], got {list(where.shape)} {where.dtype} for {n} patches")
         affine = macenko_affine(fit.stain_matrix, fit.max_concentration, self.target_stain, self.target_concentration)
         valid = fit.status == OK if where is None else (fit.status == OK) & where
-        return self.definition.apply(images, affine.expand(len(images), 3, 4), valid.expand(len(images)), warp)
+        result = self.definition.apply(images, affine.expand(n, 3, 4), valid.expand(n), warp)
+        return result if one.ndim == 4 else result[0]
 
     forward = normalize

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from histodd_bench.errors import unknown_name
 from histodd_bench.ops import macenko_fit, stain_augment
+from histodd_bench.ops._extension import require_image, require_tensor
+from histodd_bench.ops.macenko_fit import check_options
 
 
 class StainFit(NamedTuple):
@@ -48,6 +50,11 @@ class Definition:
     luminosity: float | None = None
     rounding: str = "floor"
 
+    def __post_init__(self) -> None:
+        check_options(self.io, self.beta, self.alpha, interpolation=self.interpolation, sign=self.sign)
+        if self.rounding not in ("floor", "nearest"):
+            raise ValueError(f"rounding must be one of ('floor', 'nearest'), got {self.rounding!r}")
+
     def fit(self, images: Tensor, check: bool = False) -> StainFit:
         """Detached fit of every patch of ``[N,3,H,W]`` uint8 or float in [0, 1]."""
         return StainFit(
@@ -71,12 +78,15 @@ class Definition:
         """
         if self.plus_one:
             return stain_augment(images, affine, warp, valid=valid, io=self.io)
+        dtype = images.dtype if images.is_floating_point() else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         if warp is not None:
-            images = stain_augment(images, warp=warp)
+            x = stain_augment(images, warp=warp, dtype=wide)
+        else:
+            x = images.to(wide) if images.is_floating_point() else images.float() / 255
         # The operator's density has the +1: what goes in is one grey level less, and what is not valid is put back.
-        x = images if images.is_floating_point() else images.float() / 255
         moved = stain_augment((x * 255).clamp(1, self.io).sub(1) / 255, affine, valid=valid, io=self.io)
-        return torch.where(valid[:, None, None, None], moved, x)
+        return torch.where(valid[:, None, None, None], moved, x).to(dtype)
 
     def density(self, images: Tensor) -> Tensor:
         """Optical densities, in float32 or float64."""
@@ -127,6 +137,8 @@ def luminosity_mask(images: Tensor, threshold: float) -> Tensor:
     Returns:
         ``[N,H,W]`` bool. The stretch takes the 2nd percentile of all values of an image to 0 and the 98th to 255.
     """
+    require_tensor("images", images)
+    require_image(images)
     n, height, width = images.shape[0], images.shape[2], images.shape[3]
     device = images.device
     if images.numel() == 0:

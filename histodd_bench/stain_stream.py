@@ -4,15 +4,18 @@ A matrix per slide is steadier than one per patch: a patch that holds one stain 
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from histodd_bench.ops._extension import require_image, require_tensor
 from histodd_bench.ops.macenko_fit import (
     DEGENERATE,
     LITTLE_TISSUE,
     OK,
     WEAK_STAIN,
+    in_range,
     pinv,
     principal_plane,
     stain_vectors,
@@ -21,6 +24,7 @@ from histodd_bench.stain_definitions import Definition, StainFit, definition
 
 MIN_TISSUE, MIN_CONCENTRATION = 0.01, 0.1  # the guards of macenko_fit
 _BINS = 1 << 18
+_DOUBLE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # of everything that is kept between batches
 
 
 def fit_pooled(images: Tensor, which: str | Definition = "torchstain") -> StainFit:
@@ -28,6 +32,8 @@ def fit_pooled(images: Tensor, which: str | Definition = "torchstain") -> StainF
 
     One patch out of range spoils the pool (status 4); :class:`StreamingFit` leaves such patches out.
     """
+    require_tensor("images", images)
+    require_image(images)
     n, _, height, width = images.shape
     return definition(which).fit(images.detach().transpose(0, 1).reshape(1, 3, n * height, width))
 
@@ -63,19 +69,23 @@ class StreamingFit:
 
     def __init__(self, which: str | Definition = "torchstain") -> None:
         self.definition = definition(which)
-        self.patches = self.skipped = 0
-        self.concentration_error = torch.zeros(2, dtype=torch.float64)
         self._pass = 0
-        self._status = OK
+        self._begin()
+
+    def _begin(self) -> None:
+        self.patches = self.skipped = 0
+        self.concentration_error = torch.zeros(2, **_DOUBLE)
+        self._status = LITTLE_TISSUE  # as long as no pass has found any
         self._pixels = self._count = 0
-        self._sum = torch.zeros(3, 1, dtype=torch.float64)
-        self._product = torch.zeros(3, 3, dtype=torch.float64)
-        self._histogram = torch.zeros(2, _BINS, dtype=torch.int64)
-        self._plane = self._stain = torch.eye(3, 2, dtype=torch.float64)
-        self._top = torch.zeros(2, dtype=torch.float64)
+        self._sum = torch.zeros(3, 1, **_DOUBLE)
+        self._product = torch.zeros(3, 3, **_DOUBLE)
+        self._histogram = torch.zeros(2, _BINS, dtype=torch.int64, device="cpu")
+        self._plane = self._stain = torch.eye(3, 2, **_DOUBLE)
+        self._top = torch.zeros(2, **_DOUBLE)
 
     def passes(self) -> Iterator[int]:
-        """Numbers 1, 2, 3 of the passes; ends early when there is nothing to fit."""
+        """Numbers 1, 2, 3 of the passes, of a new fit; ends early when there is nothing to fit."""
+        self._begin()
         for number in (1, 2, 3):
             self._pass = number
             yield number
@@ -88,11 +98,11 @@ class StreamingFit:
         """Take in a batch: ``[N,3,H,W]`` uint8 or float in [0, 1], on any device. The same patches in every pass."""
         if self._pass == 0:
             raise RuntimeError("update belongs into a loop over passes()")
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [N,3,H,W], got {tuple(images.shape)}")
+        require_tensor("images", images)
+        require_image(images)
         images = images.detach()
         if images.is_floating_point():
-            good = ((images >= 0) & (images <= 1 + 1e-3)).flatten(1).all(1)
+            good = in_range(images)
             self.skipped += int((~good).sum()) if self._pass == 1 else 0
             images = images[good]
             self.patches += len(good) if self._pass == 1 else 0
@@ -122,7 +132,7 @@ class StreamingFit:
         """The fit after the last pass, float64 with N = 1; its status says when it cannot be used."""
         if self._pass != 0:
             raise RuntimeError("finish comes after the loop over passes()")
-        status = torch.tensor([self._status], dtype=torch.uint8)
+        status = torch.tensor([self._status], dtype=torch.uint8, device="cpu")
         return StainFit(self._stain[None].clone(), self._top[None].clone(), status)
 
     def _count_into(self, scaled: Tensor) -> None:
@@ -137,7 +147,7 @@ class StreamingFit:
         position = q * (int(upto[-1]) - 1) / 100
         linear = self.definition.interpolation == "linear"
         low = int(position) if linear else round(position)
-        ranks = torch.tensor([low, min(low + 1, int(upto[-1]) - 1) if linear else low])
+        ranks = torch.tensor([low, min(low + 1, int(upto[-1]) - 1) if linear else low], device="cpu")
         first, second = ((torch.searchsorted(upto, ranks, right=True) + 0.5) / (_BINS / 2) - 1).tolist()
         return first + (second - first) * (position - low if linear else 0.0)
 
@@ -162,7 +172,7 @@ class StreamingFit:
     def _end_angles(self) -> None:
         self._check_seen(self._count)
         alpha = self.definition.alpha
-        angles = torch.tensor([[self._percentile(0, q) * torch.pi for q in (alpha, 100 - alpha)]], dtype=torch.float64)
+        angles = torch.tensor([[self._percentile(0, q) * torch.pi for q in (alpha, 100 - alpha)]], **_DOUBLE)
         stain, alike = stain_vectors(self._plane[None], angles)
         if bool(alike):
             self._status = DEGENERATE
@@ -172,12 +182,12 @@ class StreamingFit:
 
     def _concentration_bound(self) -> Tensor:
         """No concentration is larger: black or white in every channel, whichever is further from zero density."""
-        ends = torch.tensor([0.0, 1.001], dtype=torch.float64)
+        ends = torch.tensor([0.0, 1.001], **_DOUBLE)
         return pinv(self._stain).abs().sum(1) * self.definition.density(ends).abs().max()
 
     def _end_concentrations(self) -> None:
         self._check_seen(self._pixels)
-        self._top = torch.tensor([self._percentile(row, 99.0) for row in (0, 1)], dtype=torch.float64)
+        self._top = torch.tensor([self._percentile(row, 99.0) for row in (0, 1)], **_DOUBLE)
         bound = self._concentration_bound()
         self._top *= bound
         self.concentration_error = bound / _BINS + self._error_of_turned_stains(bound)

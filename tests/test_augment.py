@@ -133,6 +133,32 @@ def test_gradients_pass_and_it_compiles_in_one_graph() -> None:
     assert compiled(x).shape == x.shape  # draws for itself
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [SiameseAugment(), SiameseAugment().eval(), MacenkoNormalizer(), MacenkoNormalizer(definition="tiatoolbox")],
+)
+def test_one_graph_takes_batches_of_any_size(layer: torch.nn.Module) -> None:
+    """The last batch of an epoch is smaller."""
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    size = torch.export.Dim.AUTO
+    exported = torch.export.export(layer, (stained(4, 16),), dynamic_shapes=({0: size, 2: size, 3: size},)).module()
+    for n, pixels in ((4, 16), (3, 20)):
+        images = stained(n, pixels)
+        for run in (compiled, exported):
+            torch.manual_seed(n)
+            found = run(images)
+            torch.manual_seed(n)
+            torch.testing.assert_close(found, layer(images))
+
+
+def test_draws_are_exact_under_autocast_and_lie_on_the_cpu() -> None:
+    augment = SiameseAugment()
+    expected = augment.draw(generator(3), 64)
+    with torch.autocast("cpu"), torch.device("meta"):
+        found = augment.draw(generator(3), 64)
+    assert torch.equal(found.warp, expected.warp) and torch.equal(found.stain, expected.stain)
+
+
 def test_a_draw_of_another_number_is_refused() -> None:
     augment = SiameseAugment()
     with pytest.raises(ValueError, match="one draw for all or one per patch: got 2 draws for 3 patches"):

@@ -82,8 +82,8 @@ def test_nan_is_not_hidden(distance):
     [
         ([torch.zeros(2)], [], "equal lengths, got 1 and 0"),
         ([torch.zeros(2)], [torch.zeros(2), torch.zeros(2)], "equal lengths, got 1 and 2"),
-        ([torch.zeros(2), torch.zeros(2, 3)], [torch.zeros(2), torch.zeros(3, 2)], "layer 1: pairs share"),
-        ([torch.zeros(2)], [torch.zeros(2, dtype=torch.float64)], "layer 0: pairs share"),
+        ([torch.zeros(2), torch.zeros(2, 3)], [torch.zeros(2), torch.zeros(3, 2)], r"layer 1: synthetic must be \[2, 3\], got"),
+        ([torch.zeros(2)], [torch.zeros(2, dtype=torch.float64)], "layer 0: pairs share their dtype"),
         ([torch.zeros(2, dtype=torch.int64)], [torch.zeros(2, dtype=torch.int64)], "layer 0: .*(float|Long|int)"),
         ([torch.zeros(2, dtype=torch.complex64)], [torch.zeros(2, dtype=torch.complex64)], "layer 0: gradients are"),
     ],
@@ -91,6 +91,12 @@ def test_nan_is_not_hidden(distance):
 def test_mismatched_lists_are_refused(distance, real, synthetic, match):
     with pytest.raises(ValueError, match=match):
         distance(real, synthetic)
+
+
+def test_a_tensor_in_place_of_a_list_is_refused(distance):
+    """Its rows would pass for layers."""
+    with pytest.raises(TypeError, match=r"synthetic must be a list of tensors.*\[synthetic\] is a list"):
+        distance([torch.zeros(2)], torch.zeros(1, 2))
 
 
 def test_unknown_kind_is_refused(distance):

@@ -77,8 +77,8 @@ def test_the_affine_map_opcheck_and_bad_input(compiled) -> None:
     for wrong, words in (
         ((stain[:, :2], top, target, target_top), "stain_matrix must be"),
         ((stain, top[:2], target, target_top), "max_concentration must be"),
-        ((stain, top.double(), target, target_top), "max_concentration has the wrong dtype"),
-        ((stain.half(), top.half(), target, target_top), "stain_matrix has the wrong dtype"),
+        ((stain, top.double(), target, target_top), "max_concentration must be"),
+        ((stain.half(), top.half(), target, target_top), "stain_matrix must be float32 or float64"),
         ((stain, top, target[None], target_top), "target must be"),
         ((stain, top, target, target_top[:1]), "target_top must be"),
     ):

@@ -173,7 +173,7 @@ def test_bad_options_are_refused(fit, options, match):
 
 @FUNCTIONS
 def test_integer_images_other_than_uint8_are_refused(fit):
-    with pytest.raises(ValueError, match="image is uint8"):
+    with pytest.raises(ValueError, match="image must be uint8"):
         fit(stained(1).int())
 
 

@@ -34,7 +34,7 @@ def test_a_patch_normalised_to_itself_moves_by_the_missing_one_only() -> None:
     patches = stained(1, 64)
     normalizer = MacenkoNormalizer().fit(patches[0])
     moved = normalizer.normalize(patches)
-    # The inverse has no -1 (design section 5): io exp(-od) = I + 1 for pixels in the plane of the two stains.
+    # The inverse has no -1: io exp(-od) = I + 1 for pixels in the plane of the two stains.
     assert ((moved * 255) - (patches.float() + 1)).abs().max() < 0.05 * 255
     assert ((moved * 255) - (patches.float() + 1)).abs().median() < 1.5
 
@@ -136,7 +136,7 @@ def test_preprocessing_normalises_channels() -> None:
 
 def test_what_the_normaliser_refuses_is_named() -> None:
     target = stained(1, 32)[0]
-    with pytest.raises(TypeError, match=r"images are torch tensors \[N,3,H,W\], got ndarray"):
+    with pytest.raises(TypeError, match=r"images must be a torch tensor, got ndarray.*permute\(0, 3, 1, 2\)"):
         MacenkoNormalizer().fit(target.numpy())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got ndarray"):
         MacenkoNormalizer().normalize(target[None].numpy())  # type: ignore[arg-type]
@@ -146,3 +146,40 @@ def test_what_the_normaliser_refuses_is_named() -> None:
     torch.testing.assert_close(normaliser.normalize(levels), levels)
     with pytest.raises(ValueError, match="images must lie in"):
         normaliser.normalize(levels, check=True)
+    with pytest.raises(ValueError, match=r"images must lie in .* out of range: \[0\] of 1"):
+        normaliser.normalize(levels, normaliser.estimate(target), check=True)  # the status is that of another image
+    for where in (torch.ones(3, dtype=torch.bool), torch.ones(1), torch.ones(1, 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"where must be bool, \[N\] or \[1\]"):
+            normaliser.normalize(target[None], where=where)
+
+
+def test_one_patch_is_a_batch_of_one() -> None:
+    """So a normaliser can stand in a list of transforms."""
+    normaliser, patch = MacenkoNormalizer().fit(stained(1, 32, seed=3)[0]), stained(1, 24)[0]
+    assert torch.equal(normaliser(patch), normaliser(patch[None])[0])
+    fit = normaliser.estimate(patch)
+    assert fit.status.shape == (1,) and torch.equal(normaliser(patch, fit), normaliser(patch))
+
+
+def test_preprocessing_does_not_remember_the_mode_of_its_first_call() -> None:
+    preprocessing, images = Preprocessing((0.7, 0.5, 0.6), (0.2, 0.25, 0.2)), stained(2, 16)
+    with torch.inference_mode():
+        seen = preprocessing(images)
+    x = (images.double() / 255).float().requires_grad_()
+    (gradient,) = torch.autograd.grad(preprocessing(x).sum(), x)
+    torch.testing.assert_close(gradient[0, 1], torch.full((16, 16), 4.0))
+    stain, _ = fit_affine(images, StainTemplate())
+    assert torch.equal(preprocessing(images, stain=stain), preprocessing(images, stain=stain, valid=torch.ones(2) > 0))
+    torch.testing.assert_close(torch.compile(preprocessing, fullgraph=True, backend="aot_eager")(images), seen)
+
+
+@pytest.mark.parametrize("definition", ["torchstain", "cucim", "tiatoolbox"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_images_lose_no_more_than_their_rounding(definition: str, dtype: torch.dtype) -> None:
+    normaliser, images = MacenkoNormalizer(definition=definition), (stained(2, 24).float() / 255).to(dtype)
+    warp = torch.tensor([[[0.0, 1.0, 0.1], [-1.0, 0.0, 0.0]]]).expand(2, 2, 3)
+    fit = normaliser.estimate(images)
+    for turn in (None, warp):
+        out, exact = normaliser(images, fit, warp=turn), normaliser(images.float(), fit, warp=turn)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, exact.to(dtype), rtol=0, atol=torch.finfo(dtype).eps / 2)

@@ -81,15 +81,40 @@ def test_nothing_to_fit_ends_early():
 
 def test_misuse_is_refused():
     fit = StreamingFit()
+    assert fit.finish().status.tolist() == [LITTLE_TISSUE]  # of nothing
     with pytest.raises(RuntimeError, match="loop over passes"):
         fit.update(stained(1))
-    with pytest.raises(ValueError, match=r"images must be \[N,3,H,W\]"):
+    with pytest.raises(ValueError, match=r"image must be \[N,3,H,W\]"):
         for _ in fit.passes():
             fit.update(stained(1)[0])
     with pytest.raises(RuntimeError, match="after the loop"):
         fit.finish()
     with pytest.raises(ValueError, match=r"pass 2 saw 0 pixels, the first one .*a generator is used up"):
         fit_stream(batch for batch in stained(4, 24).split(2))
+    with pytest.raises(ValueError, match="image must be uint8, float64"):
+        fit_stream([stained(1).long()])
+    with pytest.raises(ValueError, match=r"image must be \[N,3,H,W\]"):
+        fit_pooled(stained(2)[0])
+    with pytest.raises(TypeError, match="images must be a torch tensor, got list"):
+        fit_pooled([stained(1)])
+
+
+def test_passes_begin_a_new_fit() -> None:
+    fit, first, second = StreamingFit(), stained(2, 24), stained(3, 24, seed=4)
+    for images in (first, second):
+        for _ in fit.passes():
+            fit.update(images)
+    assert fit.patches == 3
+    for found, expected in zip(fit.finish(), fit_stream([second]), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_default_device_is_not_where_sums_are_kept() -> None:
+    images = stained(2, 24)
+    expected = fit_stream([images])
+    with torch.device("meta"):
+        found = fit_stream([images])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_slide_is_normalised_with_one_fit():

@@ -34,12 +34,6 @@ const StainKernels& kernels() {
   return stain_kernels_baseline;
 }
 
-bool is_channels_last(const at::Tensor& t) {
-  return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-at::Tensor either_format(const at::Tensor& t) { return is_channels_last(t) ? t : t.contiguous(); }
-
 // The small tensors, prepared per image in the type S that is computed in.
 template <typename S>
 struct Parameters {

@@ -39,12 +39,6 @@ Element element_of(at::ScalarType type) {
   }
 }
 
-bool is_channels_last(const at::Tensor& t) {
-  return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-at::Tensor either_format(const at::Tensor& t) { return is_channels_last(t) ? t : t.contiguous(); }
-
 Image image_of(const at::Tensor& t) {
   Image image;
   image.data = const_cast<void*>(t.const_data_ptr());

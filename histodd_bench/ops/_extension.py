@@ -3,11 +3,14 @@
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 REASON_FILE = Path(__file__).resolve().parents[1] / "_C_reason.txt"  # written by setup.py when it could not build
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _warned: set[str] = set()
 
@@ -58,12 +61,44 @@ def require_one_device(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} lies on {device}, {first} on {where}")
 
 
+def require_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """The check of a shape for references and fake kernels. Symbolic sizes are the kernel's to check, when it runs.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if tensor.ndim != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(tensor.shape, shape, strict=True)):
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def require_image(image: torch.Tensor) -> None:
+    """The check of ``image`` for references and fake kernels.
+
+    Raises:
+        ValueError: not ``[N,3,H,W]`` of a dtype that images have.
+    """
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"image must be [N,3,H,W], got {list(image.shape)}")
+    if image.dtype not in (torch.uint8, *FLOATING):
+        raise ValueError(f"image must be uint8, float64, float32, float16 or bfloat16, got {image.dtype}")
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise TypeError for what is not a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a torch tensor, got {type(value).__name__}: for an array of images [N,H,W,3] "
+            "torch.from_numpy(images).permute(0, 3, 1, 2)"
+        )
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """A context in which matrix products keep the dtype of what they are given: autocast would take them to half."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     return torch.autocast(kind, enabled=False)
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs it, with the warning, and keeps the answer
 def use_compiled(device: torch.device) -> bool:
     """Whether tensors on ``device`` have compiled operators; where they have not, warn once that references are used."""
     kind = device.type

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from histodd_bench.ops._extension import build_info, use_compiled
+from histodd_bench.ops._extension import FLOATING, build_info, require_shape, use_compiled
 
 KINDS = ("l1", "l2", "cosine")
 COSINE_EPS = 1e-6
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def gradient_distance_reference(
@@ -25,22 +24,11 @@ def gradient_distance_reference(
     Returns:
         Sums, never means, accumulated in float32 or better. Differentiable once in both lists.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    if len(real) != len(synthetic):
-        raise ValueError(f"lists must have equal lengths, got {len(real)} and {len(synthetic)}")
+    _require_lists(real, synthetic)
     _refuse_none(real, synthetic)
+    _check(real, synthetic, kind)
     values = []
-    for i, (r, s) in enumerate(zip(real, synthetic, strict=True)):
-        if r.shape != s.shape or r.dtype != s.dtype or r.device != s.device:
-            raise ValueError(
-                f"layer {i}: pairs share shape, dtype and device, got {tuple(r.shape)} {r.dtype} {r.device} "
-                f"and {tuple(s.shape)} {s.dtype} {s.device}"
-            )
-        if r.dtype not in FLOATING:
-            raise ValueError(f"layer {i}: gradients are float64, float32, float16 or bfloat16, got {r.dtype}")
-        if r.device != real[0].device:
-            raise ValueError(f"layer {i}: all gradients lie on one device, got {r.device} after {real[0].device}")
+    for r, s in zip(real, synthetic, strict=True):
         if r.dtype != torch.float64:
             r, s = r.float(), s.float()
         if kind == "l1":
@@ -48,13 +36,13 @@ def gradient_distance_reference(
         elif kind == "l2":
             values.append((r - s).square().sum())
         else:
-            rows = 0 if r.numel() == 0 else r.shape[0] if r.ndim > 1 else 1
-            r, s = r.reshape(rows, -1) if rows else r.reshape(0, 1), s.reshape(rows, -1) if rows else s.reshape(0, 1)
+            rows, columns = (r.shape[0] if r.ndim > 1 else 1, -1) if r.numel() else (0, 1)
+            r, s = r.reshape(rows, columns), s.reshape(rows, columns)
             cosine = (r * s).sum(1) / (r.norm(dim=1) * s.norm(dim=1) + COSINE_EPS)
             values.append((1 - cosine).sum())
     if not values:
-        return torch.zeros(0 if per_layer else ())
-    layers = torch.stack([v if v.dtype == torch.float64 else v.float() for v in values])
+        return torch.zeros(0 if per_layer else (), dtype=torch.float32, device="cpu")
+    layers = torch.stack(values)
     return layers if per_layer else layers.sum()
 
 
@@ -79,7 +67,9 @@ def gradient_distance(
 
     Raises:
         ValueError: unknown ``kind``, or lists or pairs that do not match.
+        TypeError: a tensor instead of a list of them.
     """
+    _require_lists(real, synthetic)
     if len(real) and len(synthetic) and real[0] is not None and use_compiled(real[0].device):
         try:
             return torch.ops.histodd.gradient_distance(list(real), list(synthetic), kind, per_layer)
@@ -87,6 +77,31 @@ def gradient_distance(
             _refuse_none(real, synthetic)
             raise
     return gradient_distance_reference(real, synthetic, kind, per_layer)
+
+
+def _require_lists(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> None:
+    for name, tensors in (("real", real), ("synthetic", synthetic)):
+        if isinstance(tensors, Tensor):
+            raise TypeError(f"{name} must be a list of tensors, one per layer, got one tensor: [{name}] is a list")
+
+
+def _check(real: Sequence[Tensor], synthetic: Sequence[Tensor], kind: str) -> None:
+    """What ``csrc/checks.h`` refuses, for the reference and for fake tensors."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if len(real) != len(synthetic):
+        raise ValueError(f"lists must have equal lengths, got {len(real)} and {len(synthetic)}")
+    for i, (r, s) in enumerate(zip(real, synthetic, strict=True)):
+        require_shape(f"layer {i}: synthetic", s, r.shape)
+        if r.dtype != s.dtype:
+            raise ValueError(f"layer {i}: pairs share their dtype, got {r.dtype} and {s.dtype}")
+        if r.dtype not in FLOATING:
+            raise ValueError(f"layer {i}: gradients are float64, float32, float16 or bfloat16, got {r.dtype}")
+        if r.device != real[0].device or s.device != real[0].device:
+            raise ValueError(
+                f"layer {i}: all gradients lie on one device, got {r.device} and {s.device} after layer 0 on "
+                f"{real[0].device}"
+            )
 
 
 def _refuse_none(real: Sequence[Tensor | None], synthetic: Sequence[Tensor | None]) -> None:
@@ -97,11 +112,7 @@ def _refuse_none(real: Sequence[Tensor | None], synthetic: Sequence[Tensor | Non
 
 
 def _fake(real: list[Tensor], synthetic: list[Tensor], kind: str, per_layer: bool) -> Tensor:
-    for i, tensor in enumerate((*real, *synthetic)):
-        if tensor.device != real[0].device:
-            raise ValueError(
-                f"layer {i % len(real)}: all gradients lie on one device, got {tensor.device} after {real[0].device}"
-            )
+    _check(real, synthetic, kind)
     wide = any(r.dtype == torch.float64 for r in real)
     return real[0].new_empty([len(real)] if per_layer else [], dtype=torch.float64 if wide else torch.float32)
 

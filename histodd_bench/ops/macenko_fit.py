@@ -12,7 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from histodd_bench.ops._extension import build_info, require_one_device, use_compiled, without_autocast
+from histodd_bench.ops._extension import (
+    build_info,
+    require_image,
+    require_one_device,
+    require_shape,
+    require_tensor,
+    use_compiled,
+    without_autocast,
+)
 from histodd_bench.ops.stain_augment import IO, check_io
 
 OK, LITTLE_TISSUE, DEGENERATE, WEAK_STAIN, OUT_OF_RANGE = range(5)
@@ -33,6 +41,42 @@ def _percentile(values: Tensor, count: Tensor, q: float, linear: bool) -> Tensor
     return first + (second - first) * (position - low).to(values)
 
 
+def check_options(
+    io: float,
+    beta: float,
+    alpha: float,
+    min_tissue: float = 0.0,
+    min_concentration: float = 0.0,
+    interpolation: str = "nearest",
+    sign: str = "mean",
+) -> None:
+    """Refuse options of :func:`macenko_fit` that mean nothing.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    check_io(io)
+    if not -math.inf < beta < math.inf:
+        raise ValueError(f"beta must be finite, got {beta}")
+    if not 0 <= alpha <= 50:
+        raise ValueError(f"alpha must be a percentage from 0 to 50, got {alpha}")
+    if not 0 <= min_tissue <= 1:
+        raise ValueError(f"min_tissue must be a fraction from 0 to 1, got {min_tissue}")
+    if not -math.inf < min_concentration < math.inf:
+        raise ValueError(f"min_concentration must be finite, got {min_concentration}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
+    if sign not in SIGNS:
+        raise ValueError(f"sign must be one of {SIGNS}, got {sign!r}")
+
+
+def in_range(images: Tensor) -> Tensor:
+    """``[N]`` bool: which of ``[N,3,H,W]`` are on the right scale. uint8 always is; floats from 0 to 1 + 1e-3, without NaN."""
+    if not images.is_floating_point():
+        return torch.ones(images.shape[0], dtype=torch.bool, device=images.device)
+    return ((images >= 0) & (images <= 1 + 1e-3)).flatten(1).all(1)
+
+
 def macenko_fit_reference(
     image: Tensor,
     *,
@@ -51,25 +95,12 @@ def macenko_fit_reference(
 
     Arguments, results and errors are those of :func:`macenko_fit`.
     """
-    if image.ndim != 4 or image.shape[1] != 3:
-        raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"image is uint8 or floating point, got {image.dtype}")
-    check_io(io)
-    if not 0 <= alpha <= 50:
-        raise ValueError(f"alpha must be a percentage from 0 to 50, got {alpha}")
-    if not 0 <= min_tissue <= 1:
-        raise ValueError(f"min_tissue must be a fraction from 0 to 1, got {min_tissue}")
-    if not math.isfinite(min_concentration):
-        raise ValueError(f"min_concentration must be finite, got {min_concentration}")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {INTERPOLATIONS}, got {interpolation!r}")
-    if sign not in SIGNS:
-        raise ValueError(f"sign must be one of {SIGNS}, got {sign!r}")
+    require_image(image)
+    check_options(io, beta, alpha, min_tissue, min_concentration, interpolation, sign)
     if tissue_mask is not None and (
-        tissue_mask.dtype != torch.bool or tissue_mask.shape != (len(image), *image.shape[2:])
+        tissue_mask.dtype != torch.bool or tissue_mask.shape != (image.shape[0], *image.shape[2:])
     ):
-        raise ValueError(f"tissue_mask must be [N,H,W] bool, got {tuple(tissue_mask.shape)} {tissue_mask.dtype}")
+        raise ValueError(f"tissue_mask must be [N,H,W] bool, got {list(tissue_mask.shape)} {tissue_mask.dtype}")
     compute = torch.float64 if image.dtype == torch.float64 else torch.float32
     n, pixels = image.shape[0], image.shape[2] * image.shape[3]
     if n == 0 or pixels == 0:
@@ -77,9 +108,8 @@ def macenko_fit_reference(
         return image.new_zeros((n, 3, 2), dtype=compute), image.new_zeros((n, 2), dtype=compute), empty
     linear = interpolation == "linear"
     x = image.detach().to(compute).reshape(n, 3, pixels)
-    out_of_range = torch.zeros(n, dtype=torch.bool, device=image.device)
+    out_of_range = ~in_range(x if image.is_floating_point() else image)
     if image.is_floating_point():
-        out_of_range = ~((x >= 0) & (x <= 1 + 1e-3)).flatten(1).all(1)
         x = torch.where(out_of_range[:, None, None], torch.ones_like(x), x) * 255.0
     od = -torch.log((x + 1.0) / io) if plus_one else -torch.log(x.clamp(1.0, io) / io)
     tissue = (od >= beta).all(1)
@@ -153,24 +183,25 @@ def macenko_affine_reference(
     stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor
 ) -> Tensor:
     """:func:`macenko_affine` in plain torch; differentiable in all four."""
-    n, dtype = len(stain_matrix), stain_matrix.dtype
+    n, dtype = stain_matrix.shape[0], stain_matrix.dtype
     for name, tensor, shape in (
         ("stain_matrix", stain_matrix, (n, 3, 2)),
         ("max_concentration", max_concentration, (n, 2)),
         ("target", target, (3, 2)),
         ("target_top", target_top, (2,)),
     ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        require_shape(name, tensor, shape)
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"stain_matrix has the wrong dtype, {dtype}")
+        raise ValueError(f"stain_matrix must be float32 or float64, got {dtype}")
     if max_concentration.dtype != dtype:
-        raise ValueError(f"max_concentration has the wrong dtype, {max_concentration.dtype}")
-    target, target_top = target.to(stain_matrix), target_top.to(stain_matrix)
+        raise ValueError(f"max_concentration must be {dtype} like stain_matrix, got {max_concentration.dtype}")
+    stain_matrix, max_concentration, target, target_top = (
+        t.to(stain_matrix.device, torch.float64) for t in (stain_matrix, max_concentration, target, target_top)
+    )
     ratio = target_top / max_concentration.clamp(min=1e-6)
     with without_autocast(stain_matrix.device):
         matrix = (target * ratio[:, None, :]) @ pinv(stain_matrix)
-    return torch.cat([matrix, matrix.new_zeros(matrix.shape[0], 3, 1)], 2)
+    return torch.cat([matrix, matrix.new_zeros(n, 3, 1)], 2).to(dtype)
 
 
 def macenko_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tensor, target_top: Tensor) -> Tensor:
@@ -199,14 +230,19 @@ def macenko_affine(stain_matrix: Tensor, max_concentration: Tensor, target: Tens
     return torch.ops.histodd.macenko_affine(stain_matrix, max_concentration, target, target_top)
 
 
+def refuse_out_of_range(out_of_range: Tensor) -> None:
+    """Raise ValueError, naming them, if any of ``[N]`` bool images is out of range."""
+    wrong = out_of_range.nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"images must lie in [0, 1] (uint8: 0..255) and hold no NaN; out of range: {wrong[:10]}"
+            f"{' and more' if len(wrong) > 10 else ''} of {len(out_of_range)}"
+        )
+
+
 def _checked(fit: tuple[Tensor, Tensor, Tensor], check: bool) -> tuple[Tensor, Tensor, Tensor]:
     if check:
-        wrong = (fit[2] == OUT_OF_RANGE).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"images must lie in [0, 1] (uint8: 0..255) and hold no NaN; out of range: {wrong[:10]}"
-                f"{' and more' if len(wrong) > 10 else ''} of {len(fit[2])}"
-            )
+        refuse_out_of_range(fit[2] == OUT_OF_RANGE)
     return fit
 
 
@@ -251,7 +287,9 @@ def macenko_fit(
 
     Raises:
         ValueError: wrong shape, dtype or option; with ``check``, images out of range.
+        TypeError: ``image`` is no tensor.
     """
+    require_tensor("image", image)
     if tissue_mask is None and use_compiled(image.device):
         return _checked(
             torch.ops.histodd.macenko_fit(
@@ -285,6 +323,8 @@ def _fake(
     plus_one: bool,
     sign: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_image(image)
+    check_options(io, beta, alpha, min_tissue, min_concentration, interpolation, sign)
     n, dtype = image.shape[0], torch.float64 if image.dtype == torch.float64 else torch.float32
     return (
         image.new_empty((n, 3, 2), dtype=dtype),

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from histodd_bench.ops._extension import build_info, require_one_device, use_compiled, without_autocast
+from histodd_bench.ops._extension import (
+    FLOATING,
+    build_info,
+    require_image,
+    require_one_device,
+    require_shape,
+    require_tensor,
+    use_compiled,
+    without_autocast,
+)
 
 IO = 240.0  # transmitted light, the Macenko convention
 WHITE = 255.0  # what lies outside the patch: glass
@@ -19,9 +28,12 @@ def _result_dtype(image: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype or (image.dtype if image.is_floating_point() else torch.float32)
 
 
-def _refuse_other_gradients(**tensors: Tensor | None) -> None:
+def _constant(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if tensor is None:
+            continue
+        require_tensor(name, tensor)
+        if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"stain_augment is differentiable in image and stain, not in {name}: detach it")
 
 
@@ -29,6 +41,36 @@ def check_io(io: float) -> None:
     """Refuse an ``io`` with which densities would not be finite in float32."""
     if not 1e-6 < io < 1e9:
         raise ValueError(f"io must be positive and of the order of grey levels, got {io}")
+
+
+def _check(
+    image: Tensor,
+    stain: Tensor | None,
+    warp: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    valid: Tensor | None,
+    io: float,
+    dtype: torch.dtype,
+) -> None:
+    """What ``csrc/checks.h`` refuses, for the reference and for fake tensors."""
+    require_image(image)
+    if dtype not in FLOATING:
+        raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    check_io(io)
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together")
+    require_one_device(image=image, stain=stain, warp=warp, mean=mean, std=std, valid=valid)
+    n = image.shape[0]
+    for name, tensor, shape in (("stain", stain, (n, 3, 4)), ("warp", warp, (n, 2, 3)), ("mean", mean, (3,)), ("std", std, (3,))):
+        if tensor is not None:
+            require_shape(name, tensor, shape)
+            if tensor.dtype not in FLOATING:
+                raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    if valid is not None:
+        require_shape("valid", valid, (n,))
+        if valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool, got {valid.dtype}")
 
 
 def stain_augment_reference(
@@ -44,13 +86,11 @@ def stain_augment_reference(
     channels_last: bool = False,
 ) -> Tensor:
     """The same as :func:`stain_augment`, in plain torch: its oracle, and what runs where it is not compiled."""
-    if image.ndim != 4 or image.shape[1] != 3:
-        raise ValueError(f"image must be [N,3,H,W], got {tuple(image.shape)}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together")
-    check_io(io)
-    _refuse_other_gradients(warp=warp, mean=mean, std=std)
+    _constant(warp=warp, mean=mean, std=std)
+    if mean is not None and std is not None:
+        mean, std = mean.to(image.device), std.to(image.device)
     out_dtype = _result_dtype(image, dtype)
+    _check(image, stain, warp, mean, std, valid, io, out_dtype)
     compute = torch.float64 if image.dtype == torch.float64 or out_dtype == torch.float64 else torch.float32
     with without_autocast(image.device):
         x = image.to(compute)
@@ -68,7 +108,7 @@ def stain_augment_reference(
             x = moved if valid is None else torch.where(valid[:, None, None, None], moved, x)
         x = x / 255.0
         if mean is not None and std is not None:
-            x = (x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None]
+            x = (x - mean.to(compute)[:, None, None]) / std.to(compute)[:, None, None]
         return x.to(out_dtype).contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
@@ -90,7 +130,8 @@ def stain_augment(
 
     Args:
         image: ``[N,3,H,W]`` uint8 in 0..255 or float64, float32, float16 or bfloat16 in [0, 1]; contiguous or
-            channels_last (other strides are copied first). NaN stays NaN, in its pixel; outside [0, 1] the result means nothing.
+            channels_last (other strides are copied first). NaN stays NaN, in its pixel (with a warp: and may spread to
+            pixels beside it); outside [0, 1] the result means nothing.
         stain: ``[N,3,4]`` floating point, ``[A|b]`` in optical density, or None to leave the stains alone.
         warp: ``[N,2,3]`` output-to-input map in normalised coordinates (``affine_grid``, align_corners=False), or None. Where
             it is not finite it leads outside.
@@ -109,13 +150,15 @@ def stain_augment(
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; ``mean`` without ``std``; a ``warp``, ``mean`` or ``std`` that
-            requires a gradient.
+            requires a gradient while gradients are recorded.
+        TypeError: what should be a tensor is none.
     """
+    require_tensor("image", image)
     if not use_compiled(image.device):
         return stain_augment_reference(
             image, stain, warp, mean, std, valid=valid, io=io, dtype=dtype, channels_last=channels_last
         )
-    _refuse_other_gradients(warp=warp, mean=mean, std=std)
+    _constant(warp=warp, mean=mean, std=std)
     if mean is not None and std is not None:
         mean, std = mean.to(image.device), std.to(image.device)
     return torch.ops.histodd.stain_augment(
@@ -134,7 +177,7 @@ def _fake(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    require_one_device(image=image, stain=stain, warp=warp, mean=mean, std=std, valid=valid)
+    _check(image, stain, warp, mean, std, valid, io, dtype)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(image.shape, dtype=dtype, device=image.device, memory_format=layout)
 
