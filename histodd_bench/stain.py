@@ -109,13 +109,14 @@ def describe(train: PatchSet) -> Preprocessing:
     distance = (torch.cat([first, patch_std], 1) - torch.cat([mean, std])).square().sum(1)
     channel_mean, channel_std = tuple(mean.tolist()), tuple(std.clamp(min=1e-3).tolist())
     order = distance.argsort(stable=True)[:256]
-    stain_matrix, max_concentration, status = macenko_fit(train.images[order])
-    for rank in (status == OK).nonzero().flatten()[:1].tolist():
-        template = StainTemplate(
-            tuple((float(h), float(e)) for h, e in stain_matrix[rank]),
-            (float(max_concentration[rank, 0]), float(max_concentration[rank, 1])),
-        )
-        return Preprocessing(channel_mean, channel_std, template, int(order[rank]))  # type: ignore[arg-type]
+    for some in order.split(step):
+        stain_matrix, max_concentration, status = macenko_fit(train.images[some])
+        for rank in (status == OK).nonzero().flatten()[:1].tolist():
+            template = StainTemplate(
+                tuple((float(h), float(e)) for h, e in stain_matrix[rank]),
+                (float(max_concentration[rank, 0]), float(max_concentration[rank, 1])),
+            )
+            return Preprocessing(channel_mean, channel_std, template, int(some[rank]))  # type: ignore[arg-type]
     return Preprocessing(channel_mean, channel_std)  # type: ignore[arg-type]
 
 

@@ -121,8 +121,10 @@ def test_a_set_without_tissue_falls_back_to_the_reference_template() -> None:
 
 def test_fitting_a_set_in_chunks_equals_fitting_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = two_classes(per_class=20)
-    whole = fit_set(patches, StainTemplate())
+    patches.images[:-1] = 250  # blank, so that the closest patches have no template
+    whole, described = fit_set(patches, StainTemplate()), describe(patches)
     monkeypatch.setattr("histodd_bench.stain._CHUNK", 7)
+    assert describe(patches) == described and described.template_index == len(patches) - 1
     chunked = fit_set(patches, StainTemplate())
     torch.testing.assert_close(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
