@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.models import ModelPool
+from histodd_bench.errors import at_least
+from histodd_bench.models import ModelPool, model_entry
 from histodd_bench.models.pool import ForgettingCounts
 from histodd_bench.progress import Progress
 
@@ -31,6 +32,11 @@ class Forgetting:
     arch: str = "resnet18"
     width: int | None = None
     epochs: int = 50
+
+    def __post_init__(self) -> None:
+        model_entry(self.arch)  # refuses what it does not know
+        at_least(1, "forgetting", width=self.width)
+        at_least(1, "forgetting", epochs=self.epochs)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
-from histodd_bench.errors import UsageError
+from histodd_bench.errors import at_least
 from histodd_bench.files import digest
 from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
@@ -40,8 +40,8 @@ class GradMatch:
     match: Literal["weights", "features", "all"] = "weights"
 
     def __post_init__(self) -> None:
-        if self.candidates < 1:
-            raise UsageError(f"gradmatch.candidates must be at least 1, got {self.candidates}")
+        at_least(1, "gradmatch", candidates=self.candidates)
+        at_least(0, "gradmatch", alpha=self.alpha)
 
     def __call__(
         self,

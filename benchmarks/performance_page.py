@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.profile.report import markdown
+from histodd_bench.wording import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -61,7 +62,7 @@ def _section(name: str, record: dict[str, Any]) -> str:
     e = record["environment"]
     return (
         f"### {name}\n\n`{record['command']}`\n\n"
-        f"{e['threads']} threads, {e['instruction_set']}, torch {e['torch']}, Python {e['python']}, commit "
+        f"{counted(e['threads'], 'thread')}, {e['instruction_set']}, torch {e['torch']}, Python {e['python']}, commit "
         f"{(e['commit'] or 'unknown')[:12]}; copy {record['copy_bandwidth'] / 1e9:.1f} GB/s; {record['images']} patches\n\n"
         + markdown(record)
     )

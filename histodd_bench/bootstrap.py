@@ -1,5 +1,6 @@
 """Intervals from the per-patch predictions in records: test slides are drawn again, with replacement. Needs no torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import numpy as np
 from histodd_bench.results import Record, unpack
 
 DRAWS = 2000
+FEWEST = 5  # test groups; of fewer, draws repeat each other and an interval would say more than there is to know
 _CHUNK = 4_000_000  # weights drawn at once
 METRICS = ("accuracy", "balanced_accuracy")
 
@@ -18,7 +20,7 @@ class Difference:
 
     Attributes:
         value: as a fraction.
-        low, high: 2.5th and 97.5th percentile over the draws.
+        low, high: 2.5th and 97.5th percentile over the draws; NaN where there are too few groups, see :func:`too_few`.
         groups: test slides or patients that were drawn from.
         paired: the same slides are drawn for both sides.
     """
@@ -36,6 +38,16 @@ class _Sums:
 
     patches: np.ndarray
     correct: np.ndarray
+
+    @property
+    def too_few(self) -> str:
+        """Why no interval can be given, in words; empty where one can."""
+        groups, of_class = len(self.patches), (self.patches > 0).sum(0)
+        if groups < FEWEST:
+            return f"the number of test slides or patients, {groups}, is below {FEWEST}"
+        if (of_class == 1).any():
+            return f"a class is in one of the {groups} test slides or patients only"
+        return ""
 
     def score(self, weights: np.ndarray, metric: str) -> np.ndarray:
         """The metric ``[B]`` under weights ``[B,G]``; NaN where a draw has no patches at all."""
@@ -66,14 +78,22 @@ def difference(a: Sequence[Record], b: Sequence[Record], metric: str = "accuracy
         return None
     paired = a[0]["config"]["data"].get("test") == b[0]["config"]["data"].get("test")
     paired = paired and np.array_equal(left.patches, right.patches)
-    rng = np.random.default_rng(seed)
-    draws_left = _draw(rng, left, metric)
-    draws_right = _draw(np.random.default_rng(seed) if paired else rng, right, metric)
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanpercentile(draws_left - draws_right, [2.5, 97.5])
+    low = high = math.nan
+    if not left.too_few and not right.too_few:
+        rng = np.random.default_rng(seed)
+        draws_left = _draw(rng, left, metric)
+        draws_right = _draw(np.random.default_rng(seed) if paired else rng, right, metric)
+        with np.errstate(invalid="ignore"):
+            low, high = np.nanpercentile(draws_left - draws_right, [2.5, 97.5])
     ones = [np.ones((1, len(s.patches))) for s in (left, right)]
     value = float(left.score(ones[0], metric)[0] - right.score(ones[1], metric)[0])
     return Difference(value, float(low), float(high), len(left.patches), paired)
+
+
+def too_few(record: Record) -> str:
+    """Why differences on the test set of a record have no interval, in words; empty where they have one."""
+    sums = _sums([record])
+    return "" if sums is None else sums.too_few
 
 
 def _draw(rng: np.random.Generator, sums: _Sums, metric: str) -> np.ndarray:

@@ -228,6 +228,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.dataset and len(args.dataset) > 1:
         raise UsageError("--dataset: a set is evaluated on one data set at a time")
     request = replace(make_requests(args, None, args.out or Path("runs") / "evaluate")[0], methods=(), ipc=())
+    for section, fields in request.overrides.items():
+        if section != "eval":  # the set is there: nothing makes it
+            raise UsageError(f"--set {section}.{next(iter(fields))} would do nothing here: only fields of eval do")
 
     from histodd_bench import render
     from histodd_bench.experiment import Experiment

@@ -170,7 +170,7 @@ def _changes(cell: str, a: list[Record], b: list[Record]) -> list[Change]:
         low = high = math.nan
         how = ""
         drawn = bootstrap.difference(b, a, metric) if metric in bootstrap.METRICS else None
-        if drawn is not None:
+        if drawn is not None and math.isfinite(drawn.low):
             low, high, how = drawn.low, drawn.high, "slides, paired" if drawn.paired else "slides"
         elif n_a > 1 and n_b > 1:
             half = 1.96 * math.sqrt(sd_a**2 / n_a + sd_b**2 / n_b)

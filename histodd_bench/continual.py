@@ -26,7 +26,7 @@ from histodd_bench.models import build
 from histodd_bench.parallel import run_parallel
 from histodd_bench.request import Cell, MakeSet, cells
 from histodd_bench.stain import Preprocessing
-from histodd_bench.training import Trainer, TrainRecipe, predict
+from histodd_bench.training import Trainer, TrainRecipe, predict, require_finite
 
 VERSION = 1
 
@@ -99,6 +99,7 @@ def train_and_score(
     first_class, first_group = 0, 0
     for i, test in enumerate(tests, start=1):
         logits = predict(model, test, preprocessing, stain=recipe.stain_test, device=device)
+        require_finite(logits, arch, recipe.lr)
         own = slice(first_class, first_class + test.num_classes)
         free = compute_metrics(logits.softmax(1), test.labels + first_class)
         masked = compute_metrics(logits[:, own].softmax(1), test.labels)
@@ -198,19 +199,14 @@ def run_sequence(sequence: TaskSequence) -> int:
     """Make the sets of every data set, then train on every memory that has no record yet; returns how many."""
     request = sequence.experiments[0].request
     out, progress = request.out, sequence.experiments[0].progress
-    records, ignored = results.read_records(out)
-    for line in ignored:
-        progress.log(line)
-    finished = {r["key"] for r in records}
+    finished = results.finished_keys(out, progress.log)
     todo = [c for c in sequence.cells() if results.key_of(sequence.config(*c)) not in finished]
     wanted = list(dict.fromkeys(MakeSet(c.method, c.ipc, c.distill_seed, c.changes) for c, _ in todo))
     if request.workers > 1 and sequence.experiments[0].device.type == "cpu":
         for experiment in sequence.experiments:
             with progress.task(f"{experiment.request.dataset}: sets", len(wanted)) as task:
                 networks = range(experiment.pool_recipe.networks) if todo else ()
-                run_parallel(
-                    experiment.request, [*networks, *wanted], request.workers, progress, lambda: task.advance()
-                )
+                run_parallel(experiment.request, [*networks, *wanted], request.workers, task.advance)
     for experiment in sequence.experiments:
         experiment.processes = 1  # from here on
     with progress.task("trainings on memories", len(sequence.cells()), len(sequence.cells()) - len(todo)) as task:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from histodd_bench.option_types import count, part, positive, seed
+from histodd_bench.option_types import count, part, place, positive, seed, side
 
 _PREPARE = """\
 examples:
@@ -30,9 +30,9 @@ def add_data_options(parser: Any) -> None:
     sub = command("prepare", "cut slides into patches (or read patches) once, into a folder for --data-root", _PREPARE)
     sub.add_argument("name", metavar="DATASET", help="e.g. slides, camelyon16, tcga-idh; 'list datasets' names them")
     sub.add_argument("--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, where it needs one")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
+    sub.add_argument("--out", type=place, required=True, metavar="DIR", help="folder to write into")
     sub.add_argument(
-        "--image-size", type=count, metavar="PX", help="side at which patches are stored (default: the data set's)"
+        "--image-size", type=side, metavar="PX", help="side at which patches are stored (default: the data set's)"
     )
     sub.add_argument(
         "--split-seed", type=seed, default=0, metavar="N", help="seed of the split, where there is none (0)"
@@ -80,16 +80,16 @@ def add_data_options(parser: Any) -> None:
 
     sub = command("fetch", "download a data set that is openly available, or say where to get it")
     sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to download into")
+    sub.add_argument("--out", type=place, metavar="DIR", help="folder to download into")
 
     sub = command("stains", "how differently slides are stained, before and after normalisation: a table and a picture")
     sub.add_argument("name", metavar="DATASET", help="'list datasets' names them")
     sub.add_argument(
         "--root", "--data-root", type=Path, metavar="DIR", help="folder of its files, or one that 'prepare' wrote"
     )
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for stains.csv and stains.png")
+    sub.add_argument("--out", type=place, required=True, metavar="DIR", help="folder for stains.csv and stains.png")
     sub.add_argument(
-        "--image-size", type=count, metavar="PX", help="side of the patches (default: as prepared, or 256)"
+        "--image-size", type=side, metavar="PX", help="side of the patches (default: as prepared, or 256)"
     )
     sub.add_argument(
         "--split-seed", type=seed, default=0, metavar="N", help="seed of the split, where there is none (0)"
@@ -99,4 +99,4 @@ def add_data_options(parser: Any) -> None:
     sub = command("export", "write a prepared data set as PNG folders or as coordinates for CLAM")
     sub.add_argument("root", type=Path, metavar="PREPARED", help="folder that 'prepare' wrote")
     sub.add_argument("--to", required=True, metavar="WHAT", help="imagefolder or clam")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
+    sub.add_argument("--out", type=place, required=True, metavar="DIR", help="folder to write into")

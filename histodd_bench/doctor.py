@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from histodd_bench import __version__
+from histodd_bench.wording import counted
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pillow", "rich", "safetensors", "openslide-python", "tifffile")
 
@@ -43,7 +44,7 @@ def _devices() -> list[tuple[str, str]]:
 
     from histodd_bench.environment import device_name
 
-    rows = [("cpu", f"{device_name(torch.device('cpu'))}, torch would use {torch.get_num_threads()} threads")]
+    rows = [("cpu", f"{device_name(torch.device('cpu'))}, torch would use {counted(torch.get_num_threads(), 'thread')}")]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)

@@ -29,8 +29,9 @@ def configure(device: str, threads: int) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: not usable here ({reason}): 'doctor' lists the devices") from None
+        # Of other devices torch says nothing but what it was built for, at length.
+        reason = f" ({str(error).splitlines()[0]})" if device.startswith("cuda") else ", as cpu or cuda may be"
+        raise UsageError(f"--device {device}: not usable here{reason}: 'doctor' lists the devices") from None
     torch.set_num_threads(threads)
     keep_freed_memory()
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""Train a network on a set of patches from scratch, score it on the test set (design section 7), and weigh the set."""
+"""Train a network on a set of patches from scratch, score it on the test set, and weigh the set."""
 
 import io
 import time
@@ -19,7 +19,7 @@ from histodd_bench.models import build
 from histodd_bench.models.convnet import ConvNetD3
 from histodd_bench.sets import to_uint8
 from histodd_bench.stain import Preprocessing
-from histodd_bench.training import Trainer, TrainRecipe, predict
+from histodd_bench.training import Trainer, TrainRecipe, predict, require_finite
 
 _CHECKPOINT_SECONDS = 20.0  # a training shorter than this is simply done again
 _STORAGE_SAMPLE = 2000  # patches encoded to estimate the size of a larger set
@@ -67,6 +67,9 @@ def evaluate(
         on_epoch: called after every epoch with (steps done, steps in all, mean loss).
         checkpoint: a file that keeps the state of a long training; an interrupted one continues from it to the same
             result. Removed at the end.
+
+    Raises:
+        HistoddError: the training diverged.
     """
     model = build(
         arch, num_classes=test.num_classes, image_size=test.image_size[0], width=width, generator_seed=seed
@@ -86,6 +89,7 @@ def evaluate(
                 save_state(checkpoint, trainer.state_dict())
                 saved = time.monotonic()
     logits = predict(model, test, preprocessing, stain=recipe.stain_test, device=device)
+    require_finite(logits, arch, recipe.lr)
     probabilities = logits.softmax(1)
     seconds = trainer.epoch_seconds[1:] or trainer.epoch_seconds
     epoch, loading = median(seconds) if seconds else float("nan"), loading_seconds(trainer)

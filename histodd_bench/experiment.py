@@ -29,6 +29,7 @@ from histodd_bench.stain_pre import normalised
 from histodd_bench.stopwatch import stopwatch
 from histodd_bench.tables.declaration import Times
 from histodd_bench.training import EvalRecipe, TrainRecipe
+from histodd_bench.wording import counted
 
 SETS, WORK, SHEETS = "sets", "work", "sheets"
 
@@ -154,9 +155,9 @@ class Experiment:
         """One line: what is trained for how long."""
 
         def length(recipe: TrainRecipe) -> str:
-            return f"{recipe.epochs} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
+            return counted(recipe.epochs, "epoch") if recipe.epochs is not None else counted(recipe.steps or 0, "step")
 
-        networks = f"pool of {self.pool_recipe.networks} networks, {length(self.pool_recipe)} each"
+        networks = f"pool of {counted(self.pool_recipe.networks, 'network')}, {length(self.pool_recipe)} each"
         stain = f"stain normalisation {self.stain.train:g} in training, {'on' if self.stain.test else 'off'} at test"
         least = f", at least {self.recipe.min_steps} steps" if self.recipe.min_steps and self.recipe.epochs else ""
         return f"{networks}; evaluation {length(self.recipe)}{least}; {stain} ({self.stain.chosen})"

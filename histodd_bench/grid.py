@@ -30,7 +30,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference with its 95 % interval, in the metric's unit, and the column it is the difference to."""
+    """A difference with its 95 % interval (NaN: none), in the metric's unit, and the column it is the difference to."""
 
     value: float
     low: float
@@ -61,6 +61,8 @@ class Grid:
     """One table of one data set and protocol, and of one network unless networks stand side by side.
 
     Attributes:
+        procedural: whether the data are computer-made.
+        configuration: what sets it apart from tables that would have the same title; empty where there is none.
         head: of the column of labels; empty where rows have none.
         budgets: whether rows are about images per class.
         series: the numbers for plots, by panel (network or row, where there are several) and name of the line.
@@ -74,7 +76,14 @@ class Grid:
     notes: list[str] = field(default_factory=list)
     head: str = ""
     budgets: bool = True
+    procedural: bool = False
+    configuration: str = ""
     series: dict[str, dict[str, Points]] = field(default_factory=dict)
+
+
+def labelled(dataset: str, procedural: bool) -> str:
+    """A data set's name as tables show it."""
+    return f"{dataset} (procedural data)" if procedural else dataset
 
 
 def network(arch: str, width: int | None) -> str:

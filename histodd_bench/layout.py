@@ -11,12 +11,12 @@ import pandas as pd
 
 from histodd_bench import bootstrap, results
 from histodd_bench.files import digest, plain
-from histodd_bench.grid import Cell, Grid, Interval, Row, Value, network, shown, value
+from histodd_bench.grid import Cell, Grid, Interval, Row, Value, labelled, network, shown, value
 from histodd_bench.methods import all_methods, method_entry
 from histodd_bench.notes import notes
 from histodd_bench.results import Record
 from histodd_bench.tables import Metric, SlideTable, Table, Times
-from histodd_bench.titles import group_titles
+from histodd_bench.titles import configuration, group_titles
 
 Asked = Mapping[str, Any]  # what the plan says of one table and data set
 
@@ -62,7 +62,7 @@ def grids(
 
     own = {group[0]["key"]: grid.title for group, grid in zip(groups, made, strict=True)}
     for grid, title in zip(made, group_titles(groups, lambda r: own[r["key"]], shared), strict=True):
-        grid.title = title
+        grid.title, grid.configuration = title, configuration(title, grid.title)
     return made
 
 
@@ -177,10 +177,10 @@ class _Builder:
 
     def grid(self) -> Grid:
         config, data = self.first["config"], self.first["data"]
-        label = f"{self.dataset} (procedural data)" if data["procedural"] else self.dataset
+        label = labelled(self.dataset, data["procedural"])
         arch = "several networks" if self.archs else network(config["eval"]["arch"], config["eval"].get("width"))
         title = f"{self.table.title}: {label}" + ("" if self.archs else f", {arch}")
-        made = Grid(title, self.dataset, arch, list(self.titles))
+        made = Grid(title, self.dataset, arch, list(self.titles), procedural=data["procedural"])
         made.head = "Method" if self.archs else "" if self.rows == [""] else "Setting"
         for metric in self.table.metrics:
             if not any(metric.key in v for v in self.values.values()):
@@ -188,8 +188,8 @@ class _Builder:
             made.rows += self._block(metric)
             if metric.interval:
                 made.rows += self._intervals(metric)
-        paired = any(isinstance(c, Interval) for r in made.rows for c in r.cells)
-        made.notes = notes(self.table, self.dataset, list(self.records.values()), self.part, paired)
+        differences = any(isinstance(c, Interval) for r in made.rows for c in r.cells)
+        made.notes = notes(self.table, self.dataset, list(self.records.values()), self.part, differences)
         order = {name: i for i, name in enumerate([*self.rows, *self.titles])}
         for (row, ipc, title), values in sorted(self.values.items(), key=lambda v: (order[v[0][2]], order[v[0][0]])):
             panel, name = (title, row) if self.archs else (row, title)
@@ -270,12 +270,14 @@ class _Builder:
             ]  # fmt: skip
             if not rivals:
                 continue
-            best = max(rivals, key=lambda p: self.values[p][metric.key].mean)
+            means = {p: self.values[p][metric.key].mean for p in (place, *rivals)}
+            best = max(rivals, key=means.__getitem__)
             name = metric.key.removeprefix("metrics.")
             made = bootstrap.difference(self.cell_records[place], self.cell_records[best], name)
-            if made is not None and math.isfinite(made.low):
-                against, scale = best[0] if self.archs else best[2], metric.scale
-                found[row, ipc, title] = Interval(made.value * scale, made.low * scale, made.high * scale, against)
+            if made is not None:
+                low, high = made.low * metric.scale, made.high * metric.scale  # of predictions as records keep them: rounded
+                against = best[0] if self.archs else best[2]
+                found[row, ipc, title] = Interval(means[place] - means[best], low, high, against)
         block = f"{metric.title.removesuffix(' %')}, points above the best coreset"
         places = dict.fromkeys((row, ipc) for row, ipc, _ in found)
         ordered = sorted(places, key=lambda p: (self.rows.index(p[0]), p[1]))
@@ -326,8 +328,8 @@ _COUNT = Metric("", "", digits=0, spread=False)
 def _statistics(table: Table, dataset: str, facts: Mapping[str, Any]) -> Grid:
     """Counts of a data set: one row for everything and one for each class; the paper's below, where it has them."""
     columns = ["Training patches", "Test patches", "Training slides", "Test slides"]
-    label = f"{dataset} (procedural data)" if facts["procedural"] else dataset
-    made = Grid(f"{table.title}: {label}", dataset, "", columns, head="Class", budgets=False)
+    title = f"{table.title}: {labelled(dataset, facts['procedural'])}"
+    made = Grid(title, dataset, "", columns, head="Class", budgets=False, procedural=facts["procedural"])
     for name, counts in facts["counts"].items():
         cells: list[Cell] = [Value(count, math.nan, 1, _COUNT) for count in counts]
         made.rows.append(Row("", "", "", cells, label=name))

@@ -19,7 +19,7 @@ class MethodEntry:
         location: ``module:class`` of a frozen dataclass whose fields are the method's hyperparameters.
         title: column heading.
         description: one line for ``list``.
-        synthetic: its patches are made, not selected.
+        makes: its patches are made, not selected; None: the class says so, see :attr:`synthetic`.
         pooled: it uses the pool of pre-trained networks (or its recipe), so its sets depend on it.
         whole: it is the whole training set: neither images per class nor a seed mean anything to it.
     """
@@ -27,7 +27,7 @@ class MethodEntry:
     location: str
     title: str
     description: str
-    synthetic: bool = False
+    makes: bool | None = False
     pooled: bool = True
     whole: bool = False
 
@@ -35,6 +35,12 @@ class MethodEntry:
     def cls(self) -> type[Any]:
         """The dataclass, imported on first use."""
         return _import(self.location)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its patches are made, not selected. A method of another package says so with the class attribute
+        ``synthetic``; it makes them by default."""
+        return bool(getattr(self.cls, "synthetic", True)) if self.makes is None else self.makes
 
 
 @cache
@@ -77,7 +83,7 @@ METHODS: dict[str, MethodEntry] = {
         "histodd_bench.distill.histodd:HistoDD",
         "Histo-DD",
         "distilled patches: gradient matching with Siamese augmentation and stain normalisation",
-        synthetic=True,
+        makes=True,
     ),
     "full": MethodEntry(
         "histodd_bench.baselines.full:Full", "Full", "the whole training set: the upper bound", pooled=False, whole=True
@@ -91,7 +97,7 @@ def all_methods() -> dict[str, MethodEntry]:
     found = dict(METHODS)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         where = point.dist.name if point.dist is not None else point.module
-        found.setdefault(point.name, MethodEntry(point.value, point.name, f"from {where}", synthetic=True))
+        found.setdefault(point.name, MethodEntry(point.value, point.name, f"from {where}", makes=None))
     return found
 
 

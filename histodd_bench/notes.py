@@ -2,18 +2,26 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from histodd_bench import bootstrap, paper
-from histodd_bench.results import Record
+from histodd_bench.methods import all_methods
+from histodd_bench.results import Record, unpack
 from histodd_bench.tables import Table
+from histodd_bench.wording import counted
 
 
-def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame, intervals: bool) -> list[str]:
-    """What a reader must know: networks, budget, stain policy, seeds, device, data."""
+def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame, differences: bool) -> list[str]:
+    """What a reader must know: networks, budget, stain policy, seeds, device, data.
+
+    Args:
+        part: rows of :func:`histodd_bench.results.to_frame`, one for each record.
+        differences: whether the table shows points above the best coreset.
+    """
     config, data = records[0]["config"], records[0]["data"]
     evaluation = config["eval"]
     varied = table.varied("eval")
@@ -26,11 +34,9 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     pools = {
         (json.dumps(r["config"]["set"]["pool"], sort_keys=True), json.dumps(r["config"]["set"].get("fields", {})))
         for r in records
-        if r["config"]["set"].get("pool") and "arch" not in r["config"]["set"].get("fields", {})  # coresets: their own
+        if r["config"]["set"].get("pool") and _distilled(r["method"])
     }
-    budget = (
-        f"{evaluation['epochs']} epochs" if evaluation.get("epochs") is not None else f"{evaluation['steps']} steps"
-    )
+    budget = _length(evaluation)
     if evaluation.get("epochs") is not None and evaluation.get("min_steps"):
         budget += f", or as many more as make {evaluation['min_steps']} steps,"
     augment = "by column" if "augment" in varied else ", ".join(evaluation["augment"]) or "none"
@@ -46,18 +52,21 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     notes += [] if varied & {"stain_train", "stain_test"} else _stain_notes(records)
     whole = "; Full has evaluation seeds only" if part["ipc"].isna().any() else ""
     selection = part["distill_seed"].dropna().nunique()
-    seeds = f"{part['eval_seed'].nunique()} evaluation seeds"
+    seeds = counted(part["eval_seed"].nunique(), "evaluation seed")
     over = (
-        f"{selection} selection or distillation seeds x {seeds}{whole}"
+        f"{counted(selection, 'selection or distillation seed')} x {seeds}{whole}"
         if selection
         else f"{seeds}; selection and distillation seeds do not apply, since nothing is selected or distilled here"
     )
     notes.append(f"mean ± standard deviation (n) over at most {over}. - = not computed yet.")
     notes.append("Ratio % = images per class x classes / training patches. Best method with a budget in bold.")
-    if intervals:
+    if differences:
+        few = bootstrap.too_few(records[0])
+        interval = f", without an interval: {few}" if few else (
+            f" [95 % interval: test slides or patients drawn again {bootstrap.DRAWS} times, the same for both; seeds as they are]"
+        )  # fmt: skip
         notes.append(
-            f"Points above the best coreset: difference of the means [95 % interval: test slides or patients drawn again "
-            f"{bootstrap.DRAWS} times, the same for both; seeds as they are]. The best coreset is the one with the highest mean on "
+            f"Points above the best coreset: difference of the means{interval}. The best coreset is the one with the highest mean on "
             "these test patches, which favours the coresets."
         )
     devices = sorted({_device(table, r["environment"]) for r in records})
@@ -67,9 +76,12 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     if any(m.key == "metrics.epoch_seconds" for m in table.metrics) and any(_beside(table, r["environment"]) for r in records):
         notes.append(SIDE_BY_SIDE)
     if "derived.epochs_to_pay" in {m.key for m in table.metrics}:
-        notes.append(
+        paid = (
             "Epochs after which it has paid for itself: making the set, its networks included, over the time it saves in every "
-            "epoch against the whole set. What several sets share is counted for each. Loading is timed alone, after "
+            "epoch against the whole set. What several sets share is counted for each. "
+        )
+        notes.append(
+            f"{paid if part['derived.epochs_to_pay'].notna().any() else ''}Loading is timed alone, after "
             "the training; peak memory is that of the device's allocator, on a CPU of the whole process."
         )
     if table.across == "archs":
@@ -78,6 +90,7 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
         f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
         f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
     )
+    notes += [] if table.kind == "sequence" else missing_classes(records)
     notes += data["notes"] if table.kind == "sequence" else [f"{dataset}: {note}" for note in data["notes"]]
     notes += table.remarks
     if any(key[0] == dataset for key in table.paper_archs):
@@ -89,10 +102,37 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     return notes
 
 
+def missing_classes(records: Sequence[Record]) -> list[str]:
+    """A warning about classes that the test set lacks, from the labels that records keep with their predictions.
+
+    Empty where the data set's own notes have it.
+    """
+    if any("the test set has no" in note for note in records[0]["data"]["notes"]):
+        return []
+    try:
+        packed = {p["zlib_base64"]: p for p in (r["predictions"]["labels"] for r in records)}  # mostly the same in all
+        present = {label for p in packed.values() for label in np.unique(unpack(p)).tolist()}
+    except (KeyError, ValueError):
+        return []
+    lacking = [name for i, name in enumerate(records[0]["data"]["classes"]) if i not in present]
+    if not lacking or not present:
+        return []
+    scores = "balanced accuracy and AUC are" if len(present) > 1 else "there is no AUC, and balanced accuracy is"
+    return [f"WARNING: the test set has nothing of class {', '.join(lacking)}: {scores} over the other classes only."]
+
+
+def _distilled(method: str) -> bool:
+    known = all_methods()
+    return method not in known or known[method].synthetic
+
+
+def _length(recipe: Mapping[str, Any]) -> str:
+    return counted(recipe["epochs"], "epoch") if recipe.get("epochs") is not None else counted(recipe["steps"], "step")
+
+
 def _distilled_on(pool: dict[str, Any], fields: dict[str, Any]) -> str:
-    long = f"{pool['epochs']} epochs" if pool.get("epochs") is not None else f"{pool.get('steps')} steps"
     arch = pool["arch"] + ("" if pool.get("width") is None else f" (width {pool['width']})")
-    trained = f"{pool['networks']} networks, pre-trained for {long}"
+    trained = f"{counted(pool['networks'], 'network')}, pre-trained for {_length(pool)}"
     if fields.get("networks") != "random":
         return f"Distilled on {arch}: {trained}."
     start = f"; the start chosen on as many new ones and {trained}" if fields.get("initial") == "matched" else ""
@@ -169,5 +209,4 @@ def _beside(table: Table, environment: dict[str, Any]) -> int:
 def _device(table: Table, environment: dict[str, Any]) -> str:
     side = _beside(table, environment)
     beside = f", {side} processes side by side" if side else ""
-    threads = environment["threads"]
-    return f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}{beside}"
+    return f"{environment['device']}, {counted(environment['threads'], 'thread')}{beside}"

@@ -2,6 +2,9 @@
 
 import argparse
 import re
+from pathlib import Path
+
+MOST_PIXELS = 4096  # side of a patch: training holds many of them
 
 
 def count(text: str) -> int:
@@ -9,6 +12,20 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)
+
+
+def side(text: str) -> int:
+    """Side of patches in pixels, not larger than any network could train on."""
+    if count(text) > MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_PIXELS} pixels, got {text!r}")
+    return int(text)
+
+
+def place(text: str) -> Path:
+    """A file or folder; an empty name would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty ('.' is the current folder)")
+    return Path(text)
 
 
 def seed(text: str) -> int:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from histodd_bench import __version__
 from histodd_bench.data_options import add_data_options
 from histodd_bench.errors import UsageError
-from histodd_bench.option_types import count, counts, names, option, part, positive, seed, shapes
+from histodd_bench.methods import METHODS
+from histodd_bench.option_types import count, counts, names, option, part, place, positive, seed, shapes, side
 from histodd_bench.sharing_cli import add_sharing_options
 
 DESCRIPTION = """\
@@ -110,7 +111,7 @@ def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()
     data.add_argument("--data-root", action="append", default=[], metavar="DIR", help="folder of its files, where it needs one; "
                       "NAME=DIR for each, where several do")  # fmt: skip
     data.add_argument(
-        "--image-size", type=count, metavar="PX", help="patches are resized to this side (default: the preset's)"
+        "--image-size", type=side, metavar="PX", help="patches are resized to this side (default: the preset's)"
     )
     data.add_argument(
         "--split-seed", type=seed, default=0, metavar="N", help="seed of the split by slide, where there is none (0)"
@@ -144,7 +145,7 @@ def _shared(parser: Parser, *, table: bool = True, without: tuple[str, ...] = ()
         "--workers", type=count, metavar="N",
         help="processes that compute cells on a CPU, each with --threads threads, and read files (default: as many as have cores)",
     )  # fmt: skip
-    how.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table or command>)")
+    how.add_argument("--out", type=place, metavar="DIR", help="folder of results (default: runs/<table or command>)")
     if "dry_run" not in without:
         how.add_argument(
             "--dry-run",
@@ -197,7 +198,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("--predictions", action="store_true", help="keep per-patch predictions in --format json")
     for name, kind in (("--dataset", names), ("--methods", names), ("--archs", names), ("--ipc", counts)):
         sub.add_argument(name, type=kind, metavar="...", help="only these")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="folder of results (default: runs/<table>)")
+    sub.add_argument("--out", type=place, metavar="DIR", help="folder of results (default: runs/<table>)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("list", "tables, data sets, methods, models and presets, one line each")
@@ -217,7 +218,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
         "select coresets and save them, without evaluating",
         "example:\n  select herding --dataset demo --ipc 10,20\n",
     )
-    sub.add_argument("method", help="coreset method: random, herding or forgetting")
+    coresets = ", ".join(name for name, entry in METHODS.items() if not (entry.makes or entry.whole))
+    sub.add_argument("method", help=f"coreset method: {coresets}")
     _shared(sub, table=False, without=_UNSCORED)
 
     sub = command(
@@ -246,7 +248,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub = command("report", "write one self-contained HTML page of everything a run folder holds; computes nothing",
                   "example:\n  report runs/table1\n  report runs/all --follow     while a run writes there\n")  # fmt: skip
     sub.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of results")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    sub.add_argument("--out", type=place, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
     sub.add_argument("--follow", action="store_true", help="write it again and again until the run in progress ends")
     sub.add_argument("--every", type=count, metavar="SECONDS", help="with --follow: how often (10)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -274,8 +276,8 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], int]]
     sub.add_argument("--seconds", type=positive, metavar="S", help="time for each backend (default: 1; --quick: 0.3)")
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: one per core)")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
-    sub.add_argument("--trace", type=Path, metavar="FILE", help="also a Chrome trace of one call of every backend")
+    sub.add_argument("--out", type=place, metavar="FILE", help="the record, JSON (default: runs/profile/<device>.json)")
+    sub.add_argument("--trace", type=place, metavar="FILE", help="also a Chrome trace of one call of every backend")
     sub.add_argument("--show", type=Path, metavar="FILE", help="print a record that is there and measure nothing")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 

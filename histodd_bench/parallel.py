@@ -42,7 +42,7 @@ def pieces(cells: Sequence[Cell], networks: int, set_key: Callable[[Cell], objec
 
 
 def run_parallel(
-    request: Request, todo: Sequence[Piece], workers: int, progress: Progress, on_cell: Callable[[], None]
+    request: Request, todo: Sequence[Piece], workers: int, on_cell: Callable[[], object]
 ) -> None:
     """Work through ``todo`` on ``workers`` processes; ``on_cell`` is called after every cell whose record is on disk.
 

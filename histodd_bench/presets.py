@@ -288,15 +288,15 @@ def with_defaults(fields: Mapping[str, Fields], overrides: Mapping[str, Fields])
 
 
 def check_recipes(overrides: Mapping[str, Fields], arch: str) -> None:
-    """Refuse values that no recipe takes, such as a learning rate of 0, before anything is loaded.
+    """Refuse values that no recipe or method takes, such as a learning rate of 0, before anything is loaded.
 
     Args:
         overrides: of :func:`parse_overrides`.
         arch: the pool's network.
     """
     classes = section_classes()
-    for section in ("pool", "eval", "mil", "transfer"):
-        build(classes[section], {"arch": arch} if section == "pool" else {}, overrides.get(section, {}))
+    for section, fields in overrides.items():
+        build(classes[section], {"arch": arch} if section == "pool" else {}, fields)
 
 
 def parse_arch(text: str, widths: Mapping[str, int]) -> tuple[str, int | None]:

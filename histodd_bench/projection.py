@@ -21,6 +21,7 @@ from histodd_bench.progress import Progress, clock
 from histodd_bench.request import Cell, cells
 from histodd_bench.stain import fit_set
 from histodd_bench.training import Trainer, TrainRecipe, predict
+from histodd_bench.wording import counted
 from histodd_bench.workers import cores
 
 _BATCHES = 2  # training steps timed, after as many to warm up
@@ -49,7 +50,7 @@ def project(experiment: Experiment) -> str:
     total = sum(p.total for p in phases)
     width = max(len(p.name) for p in phases)
     lines = [f"{experiment.request.dataset}, preset {experiment.request.preset.name}, on {experiment.environment['device']}, "
-             f"{experiment.request.threads} threads:"]  # fmt: skip
+             f"{counted(experiment.request.threads, 'thread')}:"]  # fmt: skip
     for p in phases:
         lines.append(
             f"  {p.name:<{width}}  {p.seconds:10.4g} s per {p.unit:<12} x {p.count:>14,.0f} = {duration(p.total):>12}"

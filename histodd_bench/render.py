@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from histodd_bench.grid import Cell, Grid, Interval, Value
+from histodd_bench.grid import Cell, Grid, Interval, Value, labelled
 from histodd_bench.results import Record, finite
 
 DASH = "-"  # a cell that has not been computed
@@ -20,6 +20,8 @@ def number(cell: Cell, *, plus_minus: str = " ± ", times: str = "x") -> str:
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Interval):
+        if math.isnan(cell.low):
+            return f"{cell.value:+.1f} to {cell.against}"
         return f"{cell.value:+.1f} [{cell.low:+.1f}, {cell.high:+.1f}] to {cell.against}"
     if cell.printed is not None:
         return f"{cell.printed.mean}{plus_minus}{cell.printed.sd}" if cell.printed.sd else cell.printed.mean
@@ -149,11 +151,15 @@ def latex(grids: Sequence[Grid]) -> str:
 
 CSV_COLUMNS = (
     "dataset", "network", "metric", "ipc", "ratio_percent", "column", "source", "mean", "sd", "n", "row", "low", "high",
+    "configuration",
 )  # fmt: skip
 
 
 def as_csv(grids: Sequence[Grid]) -> str:
-    """One line per number, with full precision: missing cells have empty numbers and n = 0."""
+    """One line per number, with full precision: missing cells have empty numbers and n = 0.
+
+    The last column tells tables apart that have the same data set, network and columns, as their titles do.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -164,15 +170,16 @@ def as_csv(grids: Sequence[Grid]) -> str:
                     continue
                 whole = title == "Full"
                 budget = ["" if whole else row.ipc, "" if whole else row.ratio]
-                head = [grid.dataset, grid.arch, row.block, *budget, title, row.source]
+                head = [labelled(grid.dataset, grid.procedural), grid.arch, row.block, *budget, title, row.source]
                 numbers: list[object] = ["", "", 0, "", ""]
                 if isinstance(cell, Interval):
-                    numbers = [repr(cell.value), "", "", repr(cell.low), repr(cell.high)]
+                    ends = ["" if math.isnan(v) else repr(v) for v in (cell.low, cell.high)]
+                    numbers = [repr(cell.value), "", "", *ends]
                 elif cell is not None and cell.printed is not None:
                     numbers = [cell.printed.mean, cell.printed.sd, "", "", ""]
                 elif cell is not None:
                     numbers = [repr(cell.mean), "" if math.isnan(cell.sd) else repr(cell.sd), cell.n, "", ""]
-                writer.writerow([*map(plain, head), *numbers[:3], plain(row.label), *numbers[3:]])
+                writer.writerow([*map(plain, head), *numbers[:3], plain(row.label), *numbers[3:], plain(grid.configuration)])
     return stream.getvalue()
 
 

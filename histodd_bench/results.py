@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,6 +178,16 @@ def read_records(out: Path) -> tuple[list[Record], list[str]]:
 
 
 _IDENTITY = ("dataset", "method", "ipc", "arch", "distill_seed", "eval_seed")
+
+
+def finished_keys(out: Path, log: Callable[[str], object]) -> set[str]:
+    """Keys of all usable records below ``out``, before more are computed: others are named, half-written files removed."""
+    records, ignored = read_records(out)
+    for line in ignored:
+        log(line)
+    for path in leftovers(out):
+        path.unlink(missing_ok=True)
+    return {r["key"] for r in records}
 
 
 def leftovers(out: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from histodd_bench.progress import Progress
 from histodd_bench.projection import project
 from histodd_bench.request import Cell, Request, cells
 from histodd_bench.tables import SlideTable, Table
+from histodd_bench.wording import counted
 
 PARTS = 2  # stages that a single data set is cut into for a table of kind "sequence"
 
@@ -77,12 +78,7 @@ def run_cells(experiment: Experiment, todo: Sequence[Cell]) -> int:
     Records that another version wrote, or that are damaged, are named and computed again.
     """
     out, progress = experiment.request.out, experiment.progress
-    records, ignored = results.read_records(out)
-    for line in ignored:
-        progress.log(line)
-    for path in results.leftovers(out):
-        path.unlink(missing_ok=True)
-    finished = {r["key"] for r in records}
+    finished = results.finished_keys(out, progress.log)
     by_key: dict[str, Cell] = {}  # two columns may ask for the same cell
     for cell in todo:
         by_key.setdefault(results.key_of(experiment.cell_config(cell)), cell)
@@ -96,7 +92,7 @@ def run_cells(experiment: Experiment, todo: Sequence[Cell]) -> int:
     with progress.task(f"{request.dataset}: cells", len(todo), done=len(todo) - len(missing)) as task:
         if request.workers > 1 and len(missing) > 1 and experiment.device.type == "cpu":
             work = pieces(missing, experiment.pool_recipe.networks, experiment.set_key)
-            run_parallel(request, work, request.workers, progress, lambda: task.advance())
+            run_parallel(request, work, request.workers, task.advance)
         else:
             experiment.processes = 1
             for cell in missing:
@@ -149,7 +145,7 @@ def _announce(request: Request, progress: Progress, count: int, name: str) -> No
     progress.log(
         f"{name}, preset {request.preset.name}: {request.image_size} px, distils on {text(request.distill_arch)}, "
         f"evaluates on {', '.join(map(text, request.archs))}; ipc {', '.join(map(str, request.ipc))}; "
-        f"{request.seeds} x {request.eval_seeds} seeds; {count} cells; {request.threads} threads; results in {request.out}"
+        f"{request.seeds} x {request.eval_seeds} seeds; {count} cells; {counted(request.threads, 'thread')}; results in {request.out}"
     )
 
 

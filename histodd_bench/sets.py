@@ -49,8 +49,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _safe(name: str) -> str:
-    """A class name as a file name."""
+def file_name(name: str) -> str:
+    """A class or slide as a file name."""
     return re.sub(r"[^\w.-]+", "_", name).strip(".") or "class"
 
 
@@ -76,7 +76,7 @@ def save(patches: PatchSet, folder: Path, card: Mapping[str, Any], *, workdir: P
     with new_folder(folder) as partial:
         (partial / _TENSORS).write_bytes(to_bytes({k: v.contiguous() for k, v in tensors.items()}))
         counts: dict[int, int] = {}
-        names = [_safe(name) for name in patches.classes]
+        names = [file_name(name) for name in patches.classes]
         names = names if len(set(names)) == len(names) else [f"{i}-{name}" for i, name in enumerate(names)]
         for image, label in zip(to_uint8(patches.images), patches.labels.tolist(), strict=True):
             place = partial / "patches" / names[label]

@@ -7,7 +7,7 @@ from typing import Any
 
 from histodd_bench.errors import UsageError
 from histodd_bench.files import cache_folder, write_text
-from histodd_bench.option_types import count, seed
+from histodd_bench.option_types import count, place, seed
 
 
 def add_sharing_options(command: Any) -> None:
@@ -16,13 +16,13 @@ def add_sharing_options(command: Any) -> None:
                   "examples:\n  export runs/table1/sets/SET --out shared/ours\n"
                   "  export runs/slides/slides/SET --out shared/ours      all slides that 'distill-slides' did, as one set\n")  # fmt: skip
     sub.add_argument("set", type=Path, help="folder of the set")
-    sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write; must not exist")
+    sub.add_argument("--out", type=place, metavar="DIR", required=True, help="folder to write; must not exist")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("import", "take in a set that someone else exported, after checking it against its card",
                   "example:\n  import ~/Downloads/theirs\n  evaluate runs/imported/theirs --dataset slides --data-root DIR\n")  # fmt: skip
     sub.add_argument("set", type=Path, help="folder of the set, with card.json in it")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/imported/<name>)")
+    sub.add_argument("--out", type=place, metavar="DIR", help="folder to write (default: runs/imported/<name>)")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
     sub = command("leakage", "how close a set is to the patches it was made from: copies, and who was in the data",
@@ -33,7 +33,7 @@ def add_sharing_options(command: Any) -> None:
     sub.add_argument("--split-seed", type=seed, default=0, metavar="N", help="seed of the split by slide (0)")
     sub.add_argument("--most", type=count, default=2000, metavar="N", help="patches membership is inferred of (2000)")
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: torch's)")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    sub.add_argument("--out", type=place, metavar="FILE", help="also write the numbers as JSON")
     sub.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
@@ -79,7 +79,7 @@ def run_leakage(args: argparse.Namespace) -> int:
     with Progress() as progress:
         data = load_dataset(
             args.dataset, root=args.data_root, image_size=saved.patches.image_size[0], seed=args.split_seed,
-            cache=cache_folder(), workers=torch.get_num_threads(), progress=progress,
+            cache=cache_folder() / "data", workers=torch.get_num_threads(), progress=progress,
         )  # fmt: skip
     if saved.card.get("config", {}).get("data", {}).get("train") not in (None, data.train.fingerprint()):
         raise UsageError(

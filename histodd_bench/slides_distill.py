@@ -25,7 +25,7 @@ from histodd_bench.files import canonical, digest, locked, plain, write_bytes
 from histodd_bench.models import ModelPool
 from histodd_bench.progress import Progress
 from histodd_bench.results import finite
-from histodd_bench.sets import _safe
+from histodd_bench.sets import file_name
 from histodd_bench.stain import fit_set
 from histodd_bench.stopwatch import stopwatch
 from histodd_bench.training import predict
@@ -164,7 +164,7 @@ class SlideDistiller:
 
     def path(self, job: SlideJob) -> Path:
         """The file of one slide."""
-        name = f"{_safe(job.slide)}-{digest(job.slide)[:8]}"
+        name = f"{file_name(job.slide)}-{digest(job.slide)[:8]}"
         return self.request.out / FOLDER / self.title(job.ipc, job.seed) / f"{name}.safetensors"
 
     # ---- making it ---------------------------------------------------------------------------------------------------

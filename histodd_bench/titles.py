@@ -24,6 +24,11 @@ def told_apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return plain if len(set(plain)) == len({json.dumps(f, sort_keys=True) for f in flat}) else texts(differing)
 
 
+def configuration(title: str, plain: str) -> str:
+    """What :func:`group_titles` added to a plain title, without its brackets; empty where nothing."""
+    return title.removeprefix(plain)[2:-1]
+
+
 def group_titles(
     groups: Sequence[Sequence[Record]], title: Callable[[Record], str], config: Callable[[Record], Mapping[str, Any]]
 ) -> list[str]:

@@ -1,17 +1,17 @@
-"""The one training loop: pool networks, forgetting statistics and evaluation all train through it (design section 7)."""
+"""The one training loop: pool networks, forgetting statistics and evaluation all train through it."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from histodd_bench.augment import SiameseAugment
+from histodd_bench.augment import OPERATIONS, SiameseAugment
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.errors import HistoddError, UsageError, above_zero, at_least, below_one, probability, unknown_name
 from histodd_bench.stain import Preprocessing, fit_affine, fit_set
 
 
@@ -29,6 +29,8 @@ class TrainRecipe:
         balanced: draw classes equally often instead of in their natural proportions.
     """
 
+    section: ClassVar[str] = "recipe"  # of --set, which errors name
+
     epochs: int | None = 50
     steps: int | None = None
     batch_size: int = 64
@@ -42,13 +44,15 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise UsageError("a training recipe needs either epochs or steps")
-        if self.lr <= 0:
-            raise UsageError(f"lr (eval.lr, pool.lr) must be above 0, got {self.lr}")
-        if self.momentum < 0 or self.weight_decay < 0:
-            raise UsageError(
-                f"momentum and weight_decay must not be negative, got {self.momentum} and {self.weight_decay}"
-            )
+            raise UsageError(f"{self.section} needs either epochs or steps")
+        at_least(0, self.section, epochs=self.epochs, steps=self.steps, weight_decay=self.weight_decay)
+        at_least(1, self.section, batch_size=self.batch_size)
+        above_zero(self.section, lr=self.lr)
+        below_one(self.section, momentum=self.momentum)
+        probability(self.section, stain_train=self.stain_train)
+        for name in self.augment:
+            if name not in OPERATIONS:
+                raise unknown_name(f"augmentation in {self.section}.augment", name, OPERATIONS)
 
     def steps_on(self, patches: int) -> int:
         """Optimiser steps in all on a set of so many patches; an epoch has one for every started batch."""
@@ -72,12 +76,13 @@ class EvalRecipe(TrainRecipe):
             ``paper`` preset and wherever ``eval.epochs`` is given.
     """
 
+    section: ClassVar[str] = "eval"
+
     min_steps: int = 300
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_steps < 0:
-            raise UsageError(f"eval.min_steps must not be negative, got {self.min_steps}")
+        at_least(0, self.section, min_steps=self.min_steps)
 
     def steps_on(self, patches: int) -> int:
         """As :meth:`TrainRecipe.steps_on`; where epochs count, whole epochs until ``min_steps`` are reached."""
@@ -125,10 +130,6 @@ class Trainer:
         self.fits = (fits or fit_set(train, preprocessing.template)) if self.augmentation.stains else None
         self.epoch, self.step = 0, 0
         self.epoch_seconds: list[float] = []
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train) // self.recipe.batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -229,3 +230,16 @@ def predict(
         x = preprocessing(images, stain=affine, valid=valid)
         outputs.append((model.features(x) if features else model(x)).float().cpu())  # type: ignore[operator]
     return torch.cat(outputs) if outputs else torch.zeros(0)
+
+
+def require_finite(logits: Tensor, network: str, lr: float, option: str = "eval.lr") -> None:
+    """Refuse to score a network that answers no numbers; ``option`` sets the learning rate that was too high.
+
+    Args:
+        logits: of a network, or the loss of its training.
+
+    Raises:
+        HistoddError: some logit is NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise HistoddError(f"training {network} diverged, nothing can be scored: lower its learning rate ({option}={lr:g})")

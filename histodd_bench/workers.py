@@ -7,7 +7,9 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -58,7 +60,8 @@ def run_workers(
     def start(number: int) -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=_live, args=(opener, arguments(number), theirs), daemon=True)
-        process.start()
+        with _deaf_children():
+            process.start()
         theirs.close()
         processes[ours] = (number, process)
 
@@ -107,6 +110,17 @@ def run_workers(
             process.kill()
         for _, process in processes.values():
             process.join()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started in the block never hear Ctrl-C, not even while they start; here it counts at the end of the block."""
+    resource_tracker.ensure_running()  # else the first start would start it, and that ends the blocking
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _live(opener: Opener, arguments: tuple[Any, ...], connection: Connection) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_project import OPTIONS, command, environment, without, write_imagefolder
+from tiny_project import OPTIONS, SCORING, command, environment, write_imagefolder
 
 from histodd_bench import cli, results
 from histodd_bench.files import only_writer
@@ -96,15 +96,13 @@ def test_unreadable_images_are_counted_and_left_out(tmp_path, capsys) -> None:
 
 
 def test_a_test_class_without_patches_does_not_stop_the_run(tmp_path, capsys) -> None:
-    data = write_imagefolder(tmp_path / "data", train=(4, 4))
-    for path in (data / "test" / "class1").iterdir():
-        path.unlink()
+    data = write_imagefolder(tmp_path / "data", train=(4, 4, 4))
+    shutil.rmtree(data / "test" / "class2")
     code = cli.main(command(data, tmp_path / "out", "--methods", "random", seeds="1"))
     captured = capsys.readouterr()
-    assert code in (0, 1) and "Traceback" not in captured.err
-    if code == 0:  # no AUC without both classes: a dash, never a number
-        records, _ = results.read_records(tmp_path / "out")
-        assert all(r["metrics"]["auc"] is None for r in records)
+    assert code == 0 and "Traceback" not in captured.err
+    warning = "WARNING: the test set has no patch of class class2: balanced accuracy and AUC cover only the classes that are there"
+    assert warning in captured.out and captured.out.count("WARNING: the test set") == 1
 
 
 @pytest.mark.parametrize(
@@ -142,6 +140,11 @@ def test_patches_too_small_for_a_network(folders, tmp_path, capsys, more: tuple[
         (("run", "table1", "--ipc", "10,x"), "argument --ipc: must be a whole number above 0, got 'x'"),
         (("run", "table1", "--ipc", "-5"), "--ipc"),
         (("run", "table1", "--image-size", "32.5"), "argument --image-size"),
+        (("run", "table1", "--image-size", "100000"), "argument --image-size: must be at most 4096 pixels, got '100000'"),
+        (("data", "prepare", "demo", "--out", "x", "--image-size", "4097"), "must be at most 4096 pixels"),
+        (("run", "table1", "--out", ""), "argument --out: must not be empty"),
+        (("distill", "--out", " "), "argument --out: must not be empty"),
+        (("export", "tests", "--out", ""), "argument --out: must not be empty"),
         (("run", "table1", "--methods", ","), "must name at least one"),
         (("run",), "table"),
         (("evaluate", "/no/such/folder"), "/no/such/folder is not a folder"),
@@ -159,6 +162,7 @@ def test_patches_too_small_for_a_network(folders, tmp_path, capsys, more: tuple[
         (("select", "random", "--archs", "vit"), "--archs would do nothing here"),
         (("distill-slides", "--eval-seeds", "3"), "--eval-seeds would do nothing here"),
         (("evaluate", "x", "--ipc", "3"), "--ipc would do nothing here"),
+        (("evaluate", "tests", "--set", "histodd.alpha=1"), "--set histodd.alpha would do nothing here: only fields of eval"),
         (("evaluate", "x", "--dry-run"), "--dry-run would do nothing here"),
         (("evaluate", "tests", "--dataset", "demo,demo-varied"), "a set is evaluated on one data set at a time"),
         (("show", "--predictions"), "--predictions is for --format json"),
@@ -171,9 +175,10 @@ def test_unknown_names_and_impossible_values(capsys, arguments: tuple[str, ...],
 
 
 def test_a_device_that_is_not_there(folders, tmp_path, capsys) -> None:
-    for name in ("cuda:99", "abacus"):
+    for name in ("cuda:99", "abacus", "cdua", "mps"):
         code, line = refused(capsys, *command(folders["data"], tmp_path / "out", "--device", name))
         assert code == 2 and f"--device {name}" in line and "doctor" in line
+        assert len(line) < 250, "what torch was built for is no help"
 
 
 def test_output_that_cannot_be_made(folders, tmp_path, capsys) -> None:
@@ -236,7 +241,7 @@ def test_a_record_that_cannot_be_read_is_named_and_computed_again(folders, tmp_p
     assert cli.main(["show", "--out", str(out), "--format", "csv"]) == 0
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and says in captured.err
-    assert "Random,ours" in captured.out and captured.out.splitlines()[1].endswith(",1,,,")
+    assert "Random,ours" in captured.out and captured.out.splitlines()[1].endswith(",1,,,,")
     assert cli.main(arguments) == 0
     assert says in capsys.readouterr().err
     assert results.read_records(out)[1] == []
@@ -258,6 +263,20 @@ def test_a_distillation_that_diverges(folders, tmp_path, capsys) -> None:
     assert not list(tmp_path.glob("out/sets/*"))
 
 
+def test_an_evaluation_that_diverges_is_no_result(folders, tmp_path, capsys) -> None:
+    """What was computed before stays, and the cell is computed once its learning rate allows it."""
+    out = tmp_path / "out"
+    arguments = command(folders["data"], out, "--methods", "random", seeds="1")
+    assert cli.main(arguments) == 0
+    before = results.read_records(out)[0]
+    code, line = refused(capsys, *arguments, "--set", "eval.lr=1e8")
+    assert code == 1 and "training convnet-d3 diverged" in line and "lower its learning rate (eval.lr=1e+08)" in line
+    assert results.read_records(out)[0] == before and len(before) == 2
+    code, line = refused(capsys, *arguments, "--set", "eval.lr=1e8", "--workers", "2")
+    assert code == 1 and "training convnet-d3 diverged" in line
+    assert results.read_records(out)[0] == before
+
+
 def test_debug_shows_where(folders, tmp_path) -> None:
     with pytest.raises(Exception, match="fewer than the 6 per class"):
         cli.main(command(folders["data"], tmp_path / "out", "--debug", ipc="6"))
@@ -266,7 +285,7 @@ def test_debug_shows_where(folders, tmp_path) -> None:
 def test_a_set_that_does_not_fit_the_data(folders, tmp_path, capsys) -> None:
     shutil.copytree(folders["data"] / "train", tmp_path / "set")
     (tmp_path / "set" / "class0").rename(tmp_path / "set" / "other")
-    options = ["--out", str(tmp_path / "out"), *without(OPTIONS, "--distill-arch")]
+    options = ["--out", str(tmp_path / "out"), *SCORING]
     data = ["--dataset", "imagefolder", "--data-root", str(folders["data"]), *options]
     code, line = refused(capsys, "evaluate", str(tmp_path / "set"), *data)
     assert code == 1 and "class 'other', which the test data lack: theirs are class0, class1" in line

@@ -8,6 +8,7 @@ from made_up_records import record
 from sklearn.metrics import balanced_accuracy_score
 
 from histodd_bench import bootstrap, results
+from histodd_bench.compare import _changes
 
 
 def with_predictions(predicted, labels, groups, **named) -> results.Record:
@@ -92,6 +93,31 @@ def test_the_same_draws_every_time_and_paired_where_the_test_set_is_shared() -> 
     other = {**a, "config": {**a["config"], "data": {**a["config"]["data"], "test": "another"}}}
     unpaired = bootstrap.difference([a], [other])
     assert unpaired is not None and not unpaired.paired and unpaired.low < 0 < unpaired.high
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "why"),
+    [
+        ([0, 1] * 20, [0] * 40, "the number of test slides or patients, 1, is below 5"),
+        ([0, 1] * 20, [0, 0, 1, 1, 2, 2, 3, 3] * 5, "the number of test slides or patients, 4, is below 5"),
+        ([1, 1] + [0] * 38, [i // 4 for i in range(40)], "a class is in one of the 10 test slides or patients only"),
+    ],
+)
+def test_a_few_test_slides_give_a_difference_without_an_interval(labels: list[int], groups: list[int], why: str) -> None:
+    truth, slides = np.array(labels), np.array(groups)
+    a, b = with_predictions(truth, truth, slides), with_predictions(1 - truth, truth, slides)
+    found = bootstrap.difference([a], [b])
+    assert found is not None and (found.value, found.groups) == (1.0, len(set(groups)))
+    assert math.isnan(found.low) and math.isnan(found.high) and bootstrap.too_few(a) == why
+    (change,) = [c for c in _changes("cell", [b], [a]) if c.metric == "accuracy, points"]
+    assert math.isnan(change.low) and change.how == "" and not change.clear
+
+
+def test_five_slides_with_every_class_in_two_have_an_interval() -> None:
+    labels, groups = np.array([1, 1, *[0] * 8]), np.array([0, 1, 0, 1, 2, 2, 3, 3, 4, 4])
+    a = with_predictions(labels, labels, groups)
+    found = bootstrap.difference([a], [with_predictions(1 - labels, labels, groups)])
+    assert found is not None and (found.low, found.high) == (1.0, 1.0) and bootstrap.too_few(a) == ""
 
 
 def test_what_cannot_be_compared_has_no_interval() -> None:

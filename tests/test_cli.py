@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_project import OPTIONS, command, environment, program, without, write_imagefolder
+from tiny_project import OPTIONS, SCORING, command, environment, program, without, write_imagefolder
 
 from histodd_bench import cli, presets, projection
 from histodd_bench.models import MODELS
@@ -122,7 +122,7 @@ def test_doctor_reports(capsys: pytest.CaptureFixture[str], tiny: dict[str, Path
     assert {"histodd-bench", "python", "torch", "cpu", "compiled operators", "OpenSlide", "data and networks"} <= set(
         names
     )
-    assert str(tiny["cache"]) in out
+    assert str(tiny["cache"]) in out and "torch would use 1 thread\n" in out
 
 
 def test_version() -> None:
@@ -203,14 +203,8 @@ def test_show_refuses_unknown_names(
 
 
 def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [
-        "--dataset",
-        "imagefolder",
-        "--data-root",
-        str(tiny["data"]),
-        *without(OPTIONS, "--archs", "--distill-arch"),
-    ]
-    making, scoring = [*data, "--distill-arch", "convnet-d3:8"], [*data, "--archs", "convnet-d3:8"]
+    data = ["--dataset", "imagefolder", "--data-root", str(tiny["data"])]
+    making, scoring = [*data, *without(OPTIONS, "--archs")], [*data, *SCORING]
     made = []
     for arguments in (["distill"], ["select", "random"]):
         code, out, err = run(capsys, *arguments, *making, "--ipc", "2", "--seeds", "1", "--out", str(tmp_path / "made"))
@@ -250,7 +244,8 @@ def test_distill_select_and_evaluate(tiny: dict[str, Path], tmp_path: Path, caps
         str(tmp_path / "scores"),
     )
     assert code == 0 and "Accuracy %" in out and "identical" not in err, err
-    assert "over at most 1 evaluation seeds; selection and distillation seeds do not apply" in out
+    assert "paid for itself" not in out, "there is no such row"
+    assert "over at most 1 evaluation seed; selection and distillation seeds do not apply" in out
     assert "Full has evaluation seeds only" not in out, "there is no such column"
 
 
@@ -265,10 +260,16 @@ def test_evaluate_says_which_patches_of_a_set_are_test_patches(
         shutil.copy(tiny["data"] / "test" / "class0" / f"{i:03d}.png", mixed / "class0" / f"test-{i}.png")
     code, out, err = run(capsys, "evaluate", str(mixed), "--dataset", "imagefolder", "--data-root", str(tiny["data"]),
                        "--eval-seeds", "1", "--out", str(tmp_path / "scores"), "--archs", "convnet-d3:8", "--image-size", "12",
-                       *without(OPTIONS, "--archs", "--distill-arch", "--image-size"))  # fmt: skip
+                       *without(SCORING, "--archs", "--image-size"))  # fmt: skip
     assert code == 0, err
     for text in (err, out):
         assert f"WARNING: 3 of the 27 patches in {mixed} are identical to test patches of imagefolder" in text
+
+
+def test_select_names_every_coreset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["select", "--help"])
+    assert "coreset method: random, herding, forgetting, gradmatch" in " ".join(capsys.readouterr().out.split())
 
 
 def test_distill_and_select_know_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,25 +322,37 @@ def test_processes_do_not_share_cores(
     assert "projected total" in out and "processes" not in out
 
 
-def test_a_plugged_in_method_runs(tiny: dict[str, Path], tmp_path: Path) -> None:
-    """A real distribution on the path, found through its entry point."""
+def test_plugged_in_methods_run(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """A real distribution on the path, found through its entry points; what selects says so and counts as a coreset."""
     (tmp_path / "firstfew.py").write_text(
         "from dataclasses import dataclass\nimport torch\n\n@dataclass(frozen=True)\nclass FirstFew:\n    skip: int = 0\n\n"
         "    def __call__(self, train, ipc, pool, seed, *, device, workdir, progress):\n"
         "        return train.subset(torch.cat([train.class_indices(c)[self.skip:self.skip + ipc] for c in range(train.num_classes)]))\n"
+        "\n@dataclass(frozen=True)\nclass Selected(FirstFew):\n    synthetic = False\n"
     )
     info = tmp_path / "firstfew-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: firstfew\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[histodd_bench.methods]\nfirst-few = firstfew:FirstFew\n")
+    (info / "entry_points.txt").write_text(
+        "[histodd_bench.methods]\nfirst-few = firstfew:FirstFew\nselected = firstfew:Selected\n"
+    )
     env = environment(tiny["cache"])
     env["PYTHONPATH"] = str(tmp_path) + os.pathsep + env["PYTHONPATH"]
-    arguments = command(
-        tiny["data"], tmp_path / "out", "--methods", "first-few", "--set", "first-few.skip=1", seeds="1"
-    )
-    done = subprocess.run([sys.executable, "-m", "histodd_bench", *arguments], env=env, capture_output=True, text=True)
+
+    def program(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-m", "histodd_bench", *arguments], env=env, capture_output=True, text=True)
+
+    out, methods = tmp_path / "out", ("--methods", "first-few,selected", "--set", "first-few.skip=1")
+    done = program(*command(tiny["data"], out, *methods, seeds="1"))
     assert done.returncode == 0, done.stderr
-    assert "first-few" in done.stdout.splitlines()[2]
+    assert "first-few" in done.stdout.splitlines()[2] and "selected" in done.stdout.splitlines()[2]
+    (row,) = [x for x in (out / "table1.md").read_text().splitlines() if x.startswith("| Accuracy, points above")]
+    assert re.findall(r"to (\S+)", row) == ["selected"], "the distilled set beside the coreset, and not the other way round"
+    making = ["--dataset", "imagefolder", "--data-root", str(tiny["data"]), "--out", str(tmp_path / "sets"), "--ipc", "2",
+              "--seeds", "1", *without(OPTIONS, "--archs")]  # fmt: skip
+    assert program("select", "selected", *making).returncode == 0
+    done = program("select", "first-few", *making)
+    assert done.returncode == 2 and "choose from random, herding, forgetting, gradmatch, selected" in done.stderr
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Continual learning from memories: classes of different data sets side by side, masked and unmasked scores."""
 
+import pytest
 import torch
 from small_sets import two_classes
 
 from histodd_bench.continual import joint_preprocessing, joint_set, train_and_score
+from histodd_bench.errors import HistoddError
 from histodd_bench.stain import describe
 from histodd_bench.training import TrainRecipe
 
@@ -48,3 +50,11 @@ def test_tasks_with_two_and_three_classes_are_learned_and_masking_helps() -> Non
     own = two.probabilities[20:, 2:].argmax(1) == tests[1].labels
     assert two.metrics["task_2_masked_accuracy"] == own.double().mean().item()
     assert torch.equal(two.labels[20:], tests[1].labels + 2)
+
+
+def test_a_training_that_diverges_is_no_score() -> None:
+    train, test = two_classes(per_class=8), two_classes(per_class=8, seed=2)
+    recipe = TrainRecipe(epochs=None, steps=20, lr=1e8)
+    with pytest.raises(HistoddError, match=r"training convnet-d3 diverged, .* lower its learning rate \(eval\.lr=1e\+08\)"):
+        train_and_score([train], [test], ["a"], arch="convnet-d3", width=8, recipe=recipe,
+                        preprocessing=describe(train), seed=0)  # fmt: skip

@@ -13,7 +13,7 @@ from histodd_bench import cli, compare, options, render, report, results
 from histodd_bench.engines import Engine
 from histodd_bench.grid import Value
 from histodd_bench.mil.layout import table4_grids
-from histodd_bench.mil.layout_transfer import table5_grids
+from histodd_bench.mil.layout_transfer import GAIN, table5_grids
 from histodd_bench.mil.table5 import Transfer, TransferCell, _make_patch_sets
 from histodd_bench.mil.work import make_sets
 from histodd_bench.progress import Progress
@@ -142,6 +142,15 @@ def test_a_target_model_of_another_torch_is_trained_again(folders, tmp_path, mon
     assert made.name not in before
 
 
+def test_a_target_model_that_diverges_is_neither_kept_nor_scored(folders, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
+    line = arguments("run table5", folders["data"], tmp_path / "out", "--ipc", "2", "--seeds", "1", "--eval-seeds", "1",
+                     "--workers", "1", "--methods", "full", "--set", "eval.lr=1e8", "--set", "eval.epochs=20")  # fmt: skip
+    assert cli.main(line) == 1
+    assert "training convnet-d3 diverged" in (errors := capsys.readouterr().err) and "(eval.lr=1e+08)" in errors
+    assert {r["arch"] for r in results.read_records(tmp_path / "out")[0]} == {"clam-sb"}, "all others are done"
+
+
 def test_sets_that_are_there_start_no_worker(folders, tmp_path, monkeypatch) -> None:
     current = transfer(folders, folders["out"])
     engine = Engine("local", 2, "cpu", tmp_path / "work")
@@ -162,6 +171,8 @@ def test_table5_grids(folders) -> None:
         seconds = next(r for r in grid.rows if r.block.startswith("Fine-tuning time") and r.label == "No transfer")
         assert all(c.n == 2 for c in seconds.cells)
         assert "on those alone, for as many epochs" in " ".join(grid.notes)
+        gains = [c for row in grid.rows if row.block == GAIN for c in row.cells]
+        assert gains and set(gains) == {"undefined"}, "of two test slides nothing can be told"
         assert not [r for r in grid.rows if None in r.cells]
 
 
@@ -273,7 +284,7 @@ def test_the_report_has_both_tables(folders, tmp_path) -> None:
 def test_compare_matches_slide_level_cells(folders, tmp_path) -> None:
     same = compare.compare(folders["out"], folders["out"])
     assert same.changes and not same.only_a and not same.only_b and all(c.difference == 0 for c in same.changes)
-    assert {c.how for c in same.changes if c.metric.startswith("accuracy")} == {"slides, paired"}
+    assert {c.how for c in same.changes if c.metric.startswith("accuracy")} == {"seeds"}, "four test slides are too few to draw from"
     directions = {
         c.cell.partition("(table5: ")[2]
         for c in same.changes
@@ -313,8 +324,8 @@ def test_a_dry_run_of_a_slide_level_table_says_that_it_projects_nothing(folders,
         (("--set", "mil.weight_decay=-1"), "mil.weight_decay must not be negative"),
         (("--set", "mil.dropout=1"), "mil.dropout must be at least 0 and below 1"),
         (("--set", "mil.width=0"), "mil.width must be above 0"),
-        (("--set", "eval.lr=0"), "lr (eval.lr, pool.lr) must be above 0"),
-        (("--set", "pool.lr=-0.1"), "lr (eval.lr, pool.lr) must be above 0"),
+        (("--set", "eval.lr=0"), "eval.lr must be above 0, got 0"),
+        (("--set", "pool.lr=-0.1"), "pool.lr must be above 0, got -0.1"),
         (("--encoder", "pool", "--encoder-weights", "random"), "leave out --encoder-weights"),
         (("--encoder", "resnet50", "--encoder-weights", "absent.pth"), "absent.pth: no such file"),
         (("--encoder", "torchvision:vit_b_16", "--encoder-weights", "random"), "cannot read patches of 16 px"),

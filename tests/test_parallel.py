@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tiny_project import OPTIONS, command, environment, program, without, write_imagefolder
+from tiny_project import SCORING, command, environment, program, without, write_imagefolder
 
 from histodd_bench import results
 from histodd_bench.notes import SIDE_BY_SIDE
@@ -46,7 +46,7 @@ def test_a_cell_computed_alone_says_so_whatever_the_workers(tmp_path: Path) -> N
     assert made["environment"]["workers"] == 1
     folder = str(next((out / "sets").iterdir()))
     scores = ("--dataset", "imagefolder", "--data-root", str(data), "--out", str(tmp_path / "scores"), "--format", "json")
-    same = without(OPTIONS, "--distill-arch", "--workers")
+    same = without(SCORING, "--workers")
     done = program("evaluate", folder, *scores, *same, "--eval-seeds", "2", "--workers", "2", cache=cache)
     assert done.returncode == 0, done.stderr
     assert [r["environment"]["workers"] for r in json.loads(done.stdout)] == [1, 1]

@@ -106,7 +106,7 @@ def test_bad_requests(tmp_path, trained):
         trained.load(2)
     with pytest.raises(UsageError, match="patches of 32 px, the training set has 16 px"):
         make(tmp_path, replace(RECIPE, image_size=32))
-    with pytest.raises(UsageError, match="networks = 0"):
+    with pytest.raises(UsageError, match=r"pool\.networks must be at least 1, got 0"):
         replace(RECIPE, networks=0)
     with pytest.raises(UsageError, match="too small for resnet18"):
         make(tmp_path, replace(RECIPE, arch="resnet18"), patches(size=8)).load(0)

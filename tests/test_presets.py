@@ -1,5 +1,7 @@
 """Presets, and fields set on the command line: typed by their owners, refused with the remedy, complete."""
 
+from pathlib import Path
+
 import pytest
 
 from histodd_bench import cli, presets
@@ -54,6 +56,45 @@ def test_wrong_fields_are_refused_with_the_remedy(setting: str, says: str, capsy
     assert cli.main(["run", "table1", "--set", setting]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("eval.batch_size=0", "eval.batch_size must be at least 1, got 0"),
+        ("pool.batch_size=-4", "pool.batch_size must be at least 1, got -4"),
+        ("eval.epochs=-1", "eval.epochs must not be negative, got -1"),
+        ("eval.steps=-3", "eval.steps must not be negative, got -3"),
+        ("pool.epochs=-2", "pool.epochs must not be negative, got -2"),
+        ("pool.networks=0", "pool.networks must be at least 1, got 0"),
+        ("eval.momentum=2", "eval.momentum must be at least 0 and below 1, got 2.0"),
+        ("pool.weight_decay=-1", "pool.weight_decay must not be negative, got -1.0"),
+        ("eval.stain_train=2", "eval.stain_train must lie in [0, 1], got 2.0"),
+        ("eval.augment=flips", "unknown augmentation in eval.augment 'flips': did you mean 'flip'?"),
+        ("histodd.augment=spin", "unknown augmentation in histodd.augment 'spin'"),
+        ("histodd.stain_probability=-1", "histodd.stain_probability must lie in [0, 1], got -1.0"),
+        ("histodd.alpha=-1", "histodd.alpha must not be negative, got -1.0"),
+        ("histodd.network_momentum=1", "histodd.network_momentum must be at least 0 and below 1"),
+        ("gradmatch.alpha=-1", "gradmatch.alpha must not be negative, got -1.0"),
+        ("herding.epochs=-1", "herding.epochs must not be negative, got -1"),
+        ("herding.arch=resnet81", "unknown model 'resnet81': did you mean 'resnet18'?"),
+        ("forgetting.epochs=0", "forgetting.epochs must be at least 1, got 0"),
+        ("forgetting.width=0", "forgetting.width must be at least 1, got 0"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_loaded(
+    setting: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["run", "table1", "--set", setting, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_epochs_at_all_leave_networks_as_they_were_drawn() -> None:
+    assert presets.build(EvalRecipe, {"epochs": 0}).steps_on(100) == 0
+    presets.check_recipes({"pool": {"epochs": 0}, "herding": {"epochs": 0}, "histodd": {"outer_steps": 0}}, "convnet-d3")
 
 
 def test_steps_and_epochs_replace_each_other() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from made_up_records import record
 
@@ -87,6 +88,8 @@ def test_procedural_data_are_labelled_in_every_format() -> None:
     for name in ("rich", "markdown", "latex"):
         text = render.FORMATS[name](made)
         assert "procedural data" in text and "nothing here is about patients" in text
+    lines = list(csv.DictReader(io.StringIO(render.as_csv(made))))
+    assert lines and {line["dataset"] for line in lines} == {"demo (procedural data)"}
 
 
 def test_notes_tell_the_protocol() -> None:
@@ -140,6 +143,88 @@ def test_alike_titles_name_the_folders_of_the_data_or_else_their_fingerprints() 
 
     assert sorted(titles("first", "second")) == [" (folder=first)", " (folder=second)"]
     assert sorted(titles("data", "data")) == sorted(titles(None, None)) == [" (data.train=aaaaaaaa)", " (data.train=bbbbbbbb)"]
+
+
+def test_lines_of_the_csv_tell_configurations_apart_as_titles_do() -> None:
+    made = layout.grids(TABLE, [record(0.7), record(0.8, recipe={"epochs": 10}), record(0.9, dataset="demo")])
+    lines = list(csv.DictReader(io.StringIO(render.as_csv(made))))
+    told = {(r["dataset"], r["configuration"], r["mean"]) for r in lines if (r["metric"], r["n"]) == ("Accuracy %", "1")}
+    assert told == {("idc", "epochs=50", "70.0"), ("idc", "epochs=10", "80.0"), ("demo", "", "90.0")}
+
+
+def with_labels(made: dict, right: int, groups: list[int]) -> dict:
+    """A record of 10 test patches, of which the first are told right."""
+    labels = np.arange(10) % 2
+    told = np.where(np.arange(10) < right, labels, 1 - labels)
+    made["predictions"] = {
+        "probabilities": results.pack(np.eye(2)[told].astype(np.float16)),
+        "labels": results.pack(labels.astype(np.int16)),
+        "groups": results.pack(np.array(groups, np.int32)),
+    }
+    return made
+
+
+def distilled_and_coreset(groups: list[int]) -> list[layout.Grid]:
+    made = [record(0.9004, method="histodd"), record(0.7, method="herding"), record(0.6)]
+    return layout.grids(TABLE, [with_labels(r, n, groups) for r, n in zip(made, (9, 7, 6), strict=True)])
+
+
+def test_a_difference_is_that_of_the_means_and_its_interval_that_of_test_slides() -> None:
+    """Predictions are kept rounded: what they give can differ in the last digit from what is printed above it."""
+    (grid,) = distilled_and_coreset(list(range(10)))
+    (row,) = [r for r in grid.rows if r.block == "Accuracy, points above the best coreset"]
+    found = row.cells[3]
+    assert isinstance(found, layout.Interval) and found.value == pytest.approx(20.04) and found.low < 20 < found.high
+    assert "[95 % interval: test slides or patients drawn again" in "".join(grid.notes)
+
+
+def test_with_few_test_slides_a_difference_has_no_interval_and_the_notes_say_why() -> None:
+    grids = distilled_and_coreset([0, 0, 1, 1] + [2] * 6)
+    row = next(x for x in render.markdown(grids).splitlines() if x.startswith("| Accuracy, points above"))
+    assert row.split(" | ")[6] == "+20.0 to Herding"
+    assert "difference of the means, without an interval: the number of test slides or patients, 3, is below 5." in "".join(
+        grids[0].notes
+    )
+    (line,) = [r for r in csv.DictReader(io.StringIO(render.as_csv(grids))) if r["metric"].startswith("Accuracy, points")]
+    assert float(line["mean"]) == pytest.approx(20.04) and (line["low"], line["high"]) == ("", "")
+
+
+def test_a_class_without_test_patches_is_warned_of() -> None:
+    def notes(classes: tuple[str, ...]) -> list[str]:
+        (grid,) = layout.grids(TABLE, [with_labels(record(0.7, classes=classes), 7, [*range(10)])])
+        return [note for note in grid.notes if "WARNING" in note]
+
+    assert notes(("normal", "tumour")) == []
+    (warning,) = notes(("normal", "tumour", "other"))
+    assert warning.endswith("nothing of class other: balanced accuracy and AUC are over the other classes only.")
+    one = with_labels(record(0.7), 7, [*range(10)])
+    one["predictions"]["labels"] = results.pack(np.zeros(10, np.int16))
+    assert "of class tumour" in (text := "".join(layout.grids(TABLE, [one])[0].notes)) and "there is no AUC" in text
+    assert "WARNING" not in "".join(layout.grids(TABLE, [record(0.7)])[0].notes), "records without labels say nothing"
+
+
+def test_only_distilled_sets_are_said_to_be_distilled() -> None:
+    """A coreset can be chosen with the pool's networks."""
+    made = [record(0.7, method="histodd", fields={"networks": "random"}), record(0.6, method="gradmatch")]
+    for r in made:
+        r["config"]["set"]["pool"] = {"arch": "convnet-d3", "width": 32, "networks": 1, "epochs": 1}
+        r["key"] = results.key_of(r["config"])
+    both, coreset = (layout.grids(TABLE, part)[0].notes for part in (made, made[1:]))
+    assert [n for n in both if "istilled on" in n] == [
+        "Distilled on convnet-d3 (width 32): a newly initialised network in every outer step."
+    ]
+    assert not [n for n in coreset if "istilled on" in n]
+    made[0]["config"]["set"]["fields"] = {"networks": "pool"}
+    (line,) = [n for n in layout.grids(TABLE, made)[0].notes if "istilled on" in n]
+    assert line == "Distilled on convnet-d3 (width 32): 1 network, pre-trained for 1 epoch."
+
+
+def test_footnotes_are_of_rows_that_are_there() -> None:
+    made = some_records()
+    paid = "Epochs after which it has paid for itself:"
+    assert paid in "".join(layout.grids(TABLE, made)[0].notes)
+    notes = "".join(layout.grids(TABLE, [r for r in made if r["method"] != "full"])[0].notes)
+    assert paid not in notes and "Loading is timed alone" in notes
 
 
 def test_methods_that_the_table_does_not_name_get_a_column() -> None:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -73,6 +75,24 @@ def test_an_unexpected_error_is_one_line_that_says_where(
     assert str(error.value).startswith(message) and "test_workers.py, line" in str(error.value)
     assert "\n" not in str(error.value) and "Traceback" not in capfd.readouterr().err
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_does_not_hear_ctrl_c_while_it_starts(capfd: pytest.CaptureFixture[str]) -> None:
+    """It starts with loading its opener's module, torch and all: far from where it could say what Ctrl-C means to it."""
+
+    def press() -> None:
+        for _ in range(200):
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGINT)
+            time.sleep(0.005)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    events = [(kind, job) for kind, job, _ in run_workers(opener, [1, 2], 1) if kind != "report"]
+    pressing.join()
+    assert events == [("done", 0), ("done", 1)]
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "here Ctrl-C counts again"
 
 
 def test_closing_ends_the_workers() -> None:

@@ -31,6 +31,10 @@ def without(options: list[str], *names: str) -> list[str]:
     return [text for name, value in pairs if name not in names for text in (name, value)]
 
 
+# The same for 'evaluate', which makes no set.
+SCORING = [*without(OPTIONS, "--distill-arch", "--set"), "--set", "eval.epochs=2"]
+
+
 def write_imagefolder(
     root: Path, *, train: tuple[int, ...] = (12, 12), test: int = 6, size: int = 16, seed: int = 0
 ) -> Path:
@@ -45,7 +49,8 @@ def write_imagefolder(
                 colour = np.array([205 - 45 * label, 130 + 20 * label, 190 - 15 * label]) + rng.normal(0, 6, 3)
                 pixels = colour + rng.normal(0, 12 + 18 * label, (size, size, 3))
                 Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
-                rows.append(f"{split}/class{label}/{i:03d}.png,{split}-slide{i % 4}")
+                slide = i % (4 if split == "train" else 6)
+                rows.append(f"{split}/class{label}/{i:03d}.png,{split}-slide{slide}")
     (root / "groups.csv").write_text("\n".join(rows) + "\n")
     return root
 

@@ -17,7 +17,7 @@ from histodd_bench.baselines.gradmatch import gradient_matched
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
-from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.errors import HistoddError, above_zero, at_least, below_one, probability, unknown_name
 from histodd_bench.files import read_state, save_state, write_bytes, write_text
 from histodd_bench.models import ModelPool
 from histodd_bench.ops import gradient_distance
@@ -83,15 +83,17 @@ class HistoDD:
     start_patches: int = 640
 
     def __post_init__(self) -> None:
-        for name in ("outer_steps", "inner_steps"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"histodd.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("real_batch", "synthetic_batch", "start_patches"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"histodd.{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_lr <= 0:
-            raise UsageError(f"histodd.image_lr must be above 0, got {self.image_lr}")
-        SiameseAugment(self.augment, stain_probability=self.stain_probability)  # refuses what it does not know
+        here = "histodd"
+        at_least(0, here, outer_steps=self.outer_steps, inner_steps=self.inner_steps, alpha=self.alpha)
+        at_least(0, here, network_lr=self.network_lr, network_weight_decay=self.network_weight_decay)
+        at_least(1, here, real_batch=self.real_batch, synthetic_batch=self.synthetic_batch)
+        at_least(1, here, start_patches=self.start_patches)
+        above_zero(here, image_lr=self.image_lr)
+        below_one(here, image_momentum=self.image_momentum, network_momentum=self.network_momentum)
+        probability(here, stain_probability=self.stain_probability)
+        for name in self.augment:
+            if name not in OPERATIONS:
+                raise unknown_name("augmentation in histodd.augment", name, OPERATIONS)
 
     def __call__(
         self,

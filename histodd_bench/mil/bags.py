@@ -58,11 +58,6 @@ class Bags:
         """Dimensions of a feature vector; 0 without bags."""
         return self.features[0].shape[1] if self.features else 0
 
-    @property
-    def instances(self) -> int:
-        """Feature vectors in all bags."""
-        return sum(len(bag) for bag in self.features)
-
     def class_counts(self) -> list[int]:
         """Number of slides per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()

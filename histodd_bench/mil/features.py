@@ -24,14 +24,14 @@ from histodd_bench.training import predict
 
 POOL_EPOCHS = 20  # of the encoder "pool" at least: networks that distillation matches may be trained for one epoch only
 VERSION = 1  # raised when the same encoder would give other features
-ENCODERS = {
-    "auto": "resnet50 where its ImageNet weights are in torch's cache or --encoder-weights names them, otherwise simclr",
-    "resnet50": "ResNet50 up to its third stage, 1,024 features (as CLAM and TransMIL use it), ImageNet weights",
-    "pool": "a network of the distillation pool's recipe, trained on the training patches, that distillation never matches",
-    "simclr": "the pool's architecture, trained on the training patches without labels (SimCLR)",
-    "torchvision:NAME": "any torchvision classifier without its last layer",
-    "timm:NAME": "any timm model without its head; needs timm, and --encoder-weights (a .pth or .safetensors file)",
-}
+ENCODERS = (
+    "auto",  # resnet50 where its ImageNet weights are in torch's cache or --encoder-weights names them, otherwise simclr
+    "resnet50",  # up to its third stage, 1,024 features (as CLAM and TransMIL use it), ImageNet weights
+    "pool",  # a network of the distillation pool's recipe, trained on the training patches, that distillation never matches
+    "simclr",  # the pool's architecture, trained on the training patches without labels
+    "torchvision:NAME",  # any classifier without its last layer
+    "timm:NAME",  # any model without its head; needs timm, and --encoder-weights (a .pth or .safetensors file)
+)
 TRAINED = ("pool", "simclr")  # on the training patches, here
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -108,7 +108,7 @@ def make_encoder(
     """An encoder by name.
 
     Args:
-        name: a key of :data:`ENCODERS`.
+        name: one of :data:`ENCODERS`.
         weights: a file with a state dict, ``random`` for the initial weights of seed 0, or None for torch's cache.
         pool: its recipe and training set make the encoders that are trained here.
         stain: normalise stains before features are extracted.

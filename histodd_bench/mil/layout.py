@@ -8,13 +8,14 @@ import pandas as pd
 
 from histodd_bench import paper, results
 from histodd_bench.files import digest
-from histodd_bench.grid import Cell, Grid, Row, Value, value
+from histodd_bench.grid import Cell, Grid, Row, Value, labelled, value
 from histodd_bench.mil import MIL_MODELS
-from histodd_bench.notes import SIDE_BY_SIDE, side_by_side
+from histodd_bench.notes import SIDE_BY_SIDE, missing_classes, side_by_side
 from histodd_bench.results import Record
 from histodd_bench.tables.declaration import Metric
 from histodd_bench.tables.slide_level import SlideTable
-from histodd_bench.titles import group_titles
+from histodd_bench.titles import configuration, group_titles
+from histodd_bench.wording import counted
 
 FULL, HEAD = "Full", "Set"
 _OWN = ("arch", "width", "seed", "model")  # of the training configuration: what models of one table need not share
@@ -163,8 +164,11 @@ def table4_grids(
     """One grid per data set, encoder and common training."""
     made = []
     groups = groups_of(slide_records(records, table), lambda r: (r["dataset"], digest(shared_config(r))))
-    titles = group_titles(groups, lambda r: f"{table.title}: {shown_name(r)}", shared_config)
-    for title, same in zip(titles, groups, strict=True):
+
+    def plain(r: Record) -> str:
+        return f"{table.title}: {shown_name(r)}"
+
+    for title, same in zip(group_titles(groups, plain, shared_config), groups, strict=True):
         first = same[0]
         data, dataset = first["data"], first["dataset"]
         labels = variants(same)
@@ -175,6 +179,7 @@ def table4_grids(
             for r in sorted(same, key=lambda r: (order.index(r["arch"]), headings[r["key"]]))
         }
         grid = Grid(title, dataset, first["config"]["eval"]["encoder"]["title"], list(columns), head=HEAD)
+        grid.procedural, grid.configuration = data["procedural"], configuration(title, plain(first))
         sets = ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))
         frames = frames_of(table, same, labels, headings)
         counts = {r["ipc"]: r["storage"]["count"] for r in same if r["ipc"] is not None}
@@ -192,7 +197,7 @@ def table4_grids(
 
 def shown_name(record: Record) -> str:
     """The data set's name as titles have it."""
-    return f"{record['dataset']} (procedural data)" if record["data"]["procedural"] else record["dataset"]
+    return labelled(record["dataset"], record["data"]["procedural"])
 
 
 def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
@@ -213,7 +218,7 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
             wide = "" if e["width"] is None else f", width {e['width']}"
             settings[headings[r["key"]]] = f"{e['model']['optimizer']} {e['model']['lr']:g}{wide}"
     notes.append(
-        f"Slide models: {evaluation['epochs']} epochs, one bag per step, slides drawn "
+        f"Slide models: {counted(evaluation['epochs'], 'epoch')}, one bag per step, slides drawn "
         f"{'equally often from every class' if evaluation['balanced'] else 'once per epoch'}; the last epoch is scored on bags of all "
         f"patches of the test slides; {'; '.join(f'{k}: {v}' for k, v in settings.items())}."
     )
@@ -233,11 +238,11 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
     notes += stain_notes(records)
     seeds = len({r["distill_seed"] for r in records if r["distill_seed"] is not None})
     notes.append(
-        f"mean ± standard deviation (n) over at most {seeds} selection or distillation seeds x "
-        f"{len({r['eval_seed'] for r in records})} training seeds; Full has training seeds only. - = not computed yet. "
+        f"mean ± standard deviation (n) over at most {counted(seeds, 'selection or distillation seed')} x "
+        f"{counted(len({r['eval_seed'] for r in records}), 'training seed')}; Full has training seeds only. - = not computed yet. "
         "The best set of each budget in bold."
     )
-    devices = sorted({f"{r['environment']['device']}, {r['environment']['threads']} threads" for r in records})
+    devices = sorted({f"{r['environment']['device']}, {counted(r['environment']['threads'], 'thread')}" for r in records})
     notes.append(
         f"Times on {'; '.join(devices)}: the median epoch after the first, features extracted before; (xN) = N times less than Full."
     )
@@ -261,7 +266,7 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
         notes.append(
             f"Never more than a slide has: some class of the slide had fewer patches than asked for {text}; all were kept."
         )
-    return notes + [f"{dataset}: {note}" for note in data["notes"]]
+    return notes + missing_classes(records) + [f"{dataset}: {note}" for note in data["notes"]]
 
 
 def stain_notes(records: Sequence[Record]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from histodd_bench.bootstrap import difference
+from histodd_bench.bootstrap import FEWEST, difference
 from histodd_bench.files import digest
 from histodd_bench.grid import Cell, Grid, Row, network
 from histodd_bench.mil import MIL_MODELS
@@ -23,10 +23,11 @@ from histodd_bench.mil.layout import (
     stain_notes,
     variants,
 )
-from histodd_bench.notes import SIDE_BY_SIDE, side_by_side
+from histodd_bench.notes import SIDE_BY_SIDE, missing_classes, side_by_side
 from histodd_bench.results import Record
 from histodd_bench.tables.slide_level import SlideTable
-from histodd_bench.titles import group_titles
+from histodd_bench.titles import configuration, group_titles
+from histodd_bench.wording import counted
 
 PAPER_CENTRES = {"radboud": "C1", "utrecht": "C2"}  # of Camelyon16, by what their names contain
 _WITH = {
@@ -59,10 +60,11 @@ def table5_grids(
     """One grid per data set, direction, and what the records must share to be compared."""
     made = []
     groups = groups_of(slide_records(records, table), lambda r: (r["dataset"], digest(_shared(r))))
-    titles = group_titles(
-        groups, lambda r: f"{table.title}: {shown_name(r)}, {r['config']['source']} => {r['config']['target']}", _shared
-    )
-    for title, same in zip(titles, groups, strict=True):
+
+    def plain(r: Record) -> str:
+        return f"{table.title}: {shown_name(r)}, {r['config']['source']} => {r['config']['target']}"
+
+    for title, same in zip(group_titles(groups, plain, _shared), groups, strict=True):
         config, dataset = same[0]["config"], same[0]["dataset"]
         headings = column_titles(same, _column, _training)
         columns = sorted(set(headings.values()))
@@ -72,6 +74,7 @@ def table5_grids(
         sets = [(None, "No transfer", ""), *ordered_sets(table, same, labels, (plan or {}).get(dataset, {}))]
         frames = frames_of(table, same, labels, headings)
         grid = Grid(title, dataset, ", ".join(sorted({r["arch"] for r in same})), columns, head=HEAD)
+        grid.procedural, grid.configuration = same[0]["data"]["procedural"], configuration(title, plain(same[0]))
         source = next((name for part, name in PAPER_CENTRES.items() if part in config["source"].lower()), "")
         levels = {c: "slide" if c.startswith("Slides") else "patch" for c in columns}
         for metric in table.metrics:
@@ -123,9 +126,12 @@ def _gains(
 
 
 def _sampling_error(full: Sequence[Record], none: Sequence[Record]) -> float:
-    """Standard error of the full data's gain over other test slides, from the width of its bootstrap interval."""
+    """Standard error of the full data's gain over other test slides, from the width of its bootstrap interval; infinite where
+    there are too few slides for one."""
     gain = difference(full, none) if full and none else None
-    return (gain.high - gain.low) / (2 * 1.96) if gain else 0.0
+    if gain is None:
+        return 0.0
+    return (gain.high - gain.low) / (2 * 1.96) if math.isfinite(gain.low) else math.inf
 
 
 def share(none: Sequence[float], full: Sequence[float], own: Sequence[float], sampling_error: float = 0.0) -> str | None:
@@ -152,21 +158,22 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
         notes.append(f"{dataset} is procedural: its pictures are computer-made; nothing here is about patients.")
     transfer = config["transfer"]
     notes.append(
-        f"A model trained on the training slides of {config['target']} is fine-tuned for {transfer['epochs']} epochs on what "
+        f"A model trained on the training slides of {config['target']} is fine-tuned for {counted(transfer['epochs'], 'epoch')} on what "
         f"{config['source']} shares {_WITH[transfer['rehearsal']]}, and scored on the test slides of {config['target']}. This is the "
         "order of the paper's text; its caption has it the other way round. The paper fine-tunes CLAM for 10 epochs on the full data, "
         "here every set has the same number."
     )
     notes.append(
         f"'{GAIN}' = (set - no transfer) / (Full - no transfer), accuracies paired by training seed; undefined where Full's gain is not "
-        "above its standard errors, over training seeds and over test slides drawn again: below zero, too."
+        f"above its standard errors, over training seeds and over test slides drawn again ({FEWEST} or more): below zero, too."
     )
     for column in sorted(set(headings.values())):
         part = [r for r in records if headings[r["key"]] == column]
         evaluation = part[0]["config"]["eval"]
         slide = evaluation["at"] == "slide"
         trained = evaluation["model"]["lr"] if slide else evaluation["lr"]
-        line = f"{column}: trained for {evaluation['epochs']} epochs, learning rate {trained:g}, fine-tuned with {evaluation['fine_lr']:g}"
+        line = f"{column}: trained for {counted(evaluation['epochs'], 'epoch')}, learning rate {trained:g}"
+        line += f", fine-tuned with {evaluation['fine_lr']:g}"
         if "encoder" in evaluation:
             line += f"; encoder of {config['target']}: {evaluation['encoder']['title']}"
         fields = {json.dumps(r["config"]["set"].get("fields", {})) for r in part if r["method"] == "histodd"}
@@ -177,10 +184,10 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
     notes += stain_notes(records)
     seeds = len({r["distill_seed"] for r in records if r["distill_seed"] is not None})
     notes.append(
-        f"mean ± standard deviation (n) over at most {seeds} selection or distillation seeds x "
-        f"{len({r['eval_seed'] for r in records})} training seeds. - = not computed yet. The best set of each budget in bold."
+        f"mean ± standard deviation (n) over at most {counted(seeds, 'selection or distillation seed')} x "
+        f"{counted(len({r['eval_seed'] for r in records}), 'training seed')}. - = not computed yet. The best set of each budget in bold."
     )
-    devices = sorted({f"{r['environment']['device']}, {r['environment']['threads']} threads" for r in records})
+    devices = sorted({f"{r['environment']['device']}, {counted(r['environment']['threads'], 'thread')}" for r in records})
     notes.append(
         f"Times on {'; '.join(devices)}; (xN) = N times less than Full. Storage is what the source centre shares."
     )
@@ -189,4 +196,4 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
         f"{a} + {b} {c}" for a, b, c in zip(data["train_slides"], data["test_slides"], data["classes"], strict=True)
     )
     notes.append(f"Slides of {config['target']} (training + test): {slides}; {data['test_patches']} test patches.")
-    return notes + [f"{dataset}: {note}" for note in data["notes"]]
+    return notes + missing_classes(records) + [f"{dataset}: {note}" for note in data["notes"]]

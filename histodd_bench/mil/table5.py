@@ -35,7 +35,7 @@ from histodd_bench.models import build
 from histodd_bench.progress import Progress
 from histodd_bench.request import Request, SlideOptions
 from histodd_bench.tables.slide_level import SlideTable
-from histodd_bench.training import Trainer, predict
+from histodd_bench.training import Trainer, predict, require_finite
 
 VERSION = 2  # raised when the same configuration would give other results
 PATCH, SLIDE = "patch", "slide"
@@ -185,8 +185,10 @@ class Transfer:
             return done.epoch_seconds
         trainer = Trainer(model.to(experiment.device), experiment.dataset.train, experiment.recipe,
                           experiment.preprocessing, seed=cell.eval_seed, device=experiment.device)  # fmt: skip
+        loss = 0.0
         while not trainer.done:
-            trainer.run_epoch()
+            loss = trainer.run_epoch()
+        require_finite(torch.tensor(loss), cell.arch, experiment.recipe.lr)  # before it is kept
         return trainer.epoch_seconds
 
     def place(self, cell: TransferCell) -> tuple[str, str]:
@@ -253,6 +255,8 @@ class Transfer:
             seconds = trainer.epoch_seconds
         test = target.dataset.test
         logits = predict(model, test, target.preprocessing, stain=target.recipe.stain_test, device=target.device)
+        rate = (self._rate(cell), "transfer.lr") if parts else (target.recipe.lr, "eval.lr")
+        require_finite(logits, cell.arch, *rate)
         probabilities = logits.softmax(1)
         kept = seconds[1:] or seconds
         return (

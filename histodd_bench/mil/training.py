@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.errors import HistoddError, above_zero, at_least, below_one
 from histodd_bench.evaluate import compute_metrics
 from histodd_bench.mil import MIL_MODELS, build_mil
 from histodd_bench.mil.bags import Bags
@@ -37,13 +37,9 @@ class MILRecipe:
     cosine: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise UsageError(f"mil.epochs must not be negative, got {self.epochs}")
-        _positive("mil", lr=self.lr, width=self.width)
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise UsageError(f"mil.weight_decay must not be negative, got {self.weight_decay}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UsageError(f"mil.dropout must be at least 0 and below 1, got {self.dropout}")
+        at_least(0, "mil", epochs=self.epochs, weight_decay=self.weight_decay)
+        above_zero("mil", lr=self.lr, width=self.width)
+        below_one("mil", dropout=self.dropout)
 
 
 FINE = 0.1  # of a training's learning rate, in fine-tuning
@@ -67,20 +63,13 @@ class TransferRecipe:
     rehearsal: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UsageError(f"transfer.epochs must be at least 1, got {self.epochs}")
-        _positive("transfer", lr=self.lr, slide_lr=self.slide_lr)
+        at_least(1, "transfer", epochs=self.epochs)
+        above_zero("transfer", lr=self.lr, slide_lr=self.slide_lr)
 
     @staticmethod
     def rate(named: float | None, trained: float) -> float:
         """The learning rate of fine-tuning: the one that is named, or else what follows from that of the training."""
         return FINE * trained if named is None else named
-
-
-def _positive(section: str, **fields: float | None) -> None:
-    for name, value in fields.items():
-        if value is not None and value <= 0:
-            raise UsageError(f"{section}.{name} must be above 0, got {value}")
 
 
 class Lookahead:

@@ -75,12 +75,7 @@ def run_cells(
     Raises:
         HistoddError: cells that failed; all others are done.
     """
-    records, ignored = results.read_records(request.out)
-    for line in ignored:
-        progress.log(line)
-    for path in results.leftovers(request.out):
-        path.unlink(missing_ok=True)
-    finished = {r["key"] for r in records}
+    finished = results.finished_keys(request.out, progress.log)
     missing = [cell for cell in todo if results.key_of(current.cell_config(cell)) not in finished]
     if not missing:
         progress.log(f"{request.dataset}: all {len(todo)} cells are finished already")

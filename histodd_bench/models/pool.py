@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.errors import HistoddError, UsageError
+from histodd_bench.errors import HistoddError, UsageError, at_least
 from histodd_bench.files import digest, locked, read_state, save_state, write_text
 from histodd_bench.models.registry import build
 from histodd_bench.progress import Progress
@@ -39,6 +39,8 @@ class PoolRecipe(TrainRecipe):
         epochs: the paper does not state it.
     """
 
+    section: ClassVar[str] = "pool"
+
     arch: str
     width: int | None = None
     image_size: int | None = None
@@ -47,8 +49,7 @@ class PoolRecipe(TrainRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.networks < 1:
-            raise UsageError(f"a pool needs at least one network, got networks = {self.networks}")
+        at_least(1, self.section, networks=self.networks)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 MOST_CALLS = 500
-FEWEST_CALLS = 5
 ROUNDS = 5  # backends take turns, so that a machine that slows down slows all of them
 
 

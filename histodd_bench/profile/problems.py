@@ -38,7 +38,6 @@ class Backend:
         expected: what that must be, in float64, where it is not the problem's own ``expected``.
         limit: largest difference that counts as the same, in ``unit``.
         unit: ``of the largest value`` (maximum) or ``grey levels`` (mean).
-        note: shown beside its times.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Backend:
     expected: Callable[[], Tensor] | None = None
     limit: float = 1e-4
     unit: str = "of the largest value"
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from histodd_bench.profile.problems import COMPILED
+from histodd_bench.wording import counted
 
 HEADER = ("backend", "forward", "backward", "both", "GB/s", "of copy", "memory", "beside compiled")
 GPU_HEADER = (
@@ -121,7 +122,7 @@ def show(record: dict[str, Any]) -> None:
     short = console.width < 120
     environment = record["environment"]
     console.print(
-        f"{environment['device']}, {environment['threads']} threads, {environment['instruction_set']}, "
+        f"{environment['device']}, {counted(environment['threads'], 'thread')}, {environment['instruction_set']}, "
         f"torch {environment['torch']}; copy {record['copy_bandwidth'] / 1e9:.1f} GB/s; {record['images']} patches; "
         f"milliseconds: median{'' if short else ' (20th-80th percentile)'}",
         markup=False, highlight=False,

@@ -1,4 +1,4 @@
-"""What every table counts: how good, how fast, how large, and what making the sets cost (design sections 6 and 7)."""
+"""What every table counts: how good, how fast, how large, and what making the sets cost."""
 
 from histodd_bench.tables.declaration import Metric, Plot
 
