@@ -1,6 +1,7 @@
 """``data prepare``, ``info``, ``fetch``, ``stains`` and ``export``: data sets from files on disk to something that trains."""
 
 import argparse
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -148,6 +149,7 @@ def _tiling(args: argparse.Namespace, default: Any) -> Any:
 
 def _estimate(args: argparse.Namespace, source: Any, tiling: Any, size: int, progress: Any) -> int:
     from histodd_bench.data.extract import estimate
+    from histodd_bench.data.store import absent_classes
 
     counts, failed = estimate(source, tiling, workers=args.workers, progress=progress)
     each = 3 * size * size + 7 * 8  # pixels and columns
@@ -157,6 +159,8 @@ def _estimate(args: argparse.Namespace, source: Any, tiling: Any, size: int, pro
         sums = [sum(counts[slide][label] for slide in slides) for label in range(len(source.classes))]
         classes = ", ".join(f"{name} {n:,}" for name, n in zip(source.classes, sums, strict=True))
         print(f"{split}: {len(slides)} slides, {sum(sums):,} patches ({classes})")
+        for warning in absent_classes(split, source.classes, sums):
+            print(warning, file=sys.stderr)
     print(
         f"{total:,} patches of {size} px: {_bytes(total * each)} in {args.out}, {_bytes(2 * total * each)} while collecting"
     )
@@ -190,8 +194,11 @@ def _info(args: argparse.Namespace) -> int:
     from histodd_bench.data.facts import FACTS, SUPPLEMENTARY_TABLE1
     from histodd_bench.data.prepared import is_prepared
 
-    facts, entry = FACTS[args.name], DATASETS[args.name]
-    lines = [facts.title, *(f"  {line}" for line in facts.known), f"  where: {facts.where}"]
+    facts, entry = FACTS.get(args.name), DATASETS[args.name]
+    if facts is None:
+        lines = [f"{args.name}: {entry.description}", "  there are no published facts to compare with"]
+    else:
+        lines = [facts.title, *(f"  {line}" for line in facts.known), f"  where: {facts.where}"]
     printed = SUPPLEMENTARY_TABLE1.get(args.name)
     if printed:
         lines += [
@@ -206,8 +213,7 @@ def _info(args: argparse.Namespace) -> int:
         elif entry.source is not None:
             lines += _source_lines(entry.source(args.root, args.split_seed), args.root)
         elif entry.count is not None:
-            counts = entry.count(args.root)
-            lines += _table(f"found in {args.root}", [("patches", sum(counts["train"]), sum(counts["test"]))])
+            lines += _count_lines(entry.count(args.root, args.split_seed), args.root)
         else:
             lines.append(f"patches in {args.root} are counted by 'data prepare {args.name}'")
     print("\n".join(lines))
@@ -218,6 +224,15 @@ def _table(title: str, rows: list[tuple[str, int, int]]) -> list[str]:
     width = max(len(title), *(len(name) + 2 for name, *_ in rows))
     head = f"{title:<{width}}  {'train':>12}  {'test':>12}"
     return [head, *(f"  {name:<{width - 2}}  {train:>12,}  {test:>12,}" for name, train, test in rows)]
+
+
+def _count_lines(counts: Any, root: Path) -> list[str]:
+    from histodd_bench.data.store import absent_classes
+
+    classes = zip(counts.classes, counts.train, counts.test, strict=True)
+    rows = [("patches", sum(counts.train), sum(counts.test)), *((f"patches of {name}", a, b) for name, a, b in classes)]
+    notes = [*counts.notes, *absent_classes("test", counts.classes, counts.test)]
+    return _table(f"found in {root}", rows) + [f"  note: {note}" for note in notes]
 
 
 def _source_lines(source: Any, root: Path) -> list[str]:
@@ -313,10 +328,8 @@ def _stains(args: argparse.Namespace) -> int:
     for title, part in [("all slides", rows), *((c, [r for r in rows if r.centre == c]) for c in centres if c)]:
         for after in (False, True):
             h, e, h_varied, e_varied = spread(part, after)
-            when = "after" if after else "before"
-            print(
-                f"  {title:<{width}}  {h:>9.2f} deg {h_varied:>8.1%}  {e:>9.2f} deg {e_varied:>8.1%}  {when} normalisation"
-            )
+            cells = f"{_spread(h, h_varied)}  {_spread(e, e_varied)}"
+            print(f"  {title:<{width}}  {cells}  {'after' if after else 'before'} normalisation")
     failed = [row for row in rows if row.before.stain is None]
     if failed:
         print(f"  {len(failed)} slides could not be fitted, e.g. {failed[0].slide}: {failed[0].before.status}")
@@ -324,16 +337,21 @@ def _stains(args: argparse.Namespace) -> int:
     return 0
 
 
+def _spread(angle: float, varied: float) -> str:
+    """An angle and a variation; a dash where nothing could be fitted."""
+    return f"{'-':>22}" if math.isnan(angle) else f"{angle:>9.2f} deg {varied:>8.1%}"
+
+
 # ---- fetch and export ------------------------------------------------------------------------------------------------
 
 
 def _fetch(args: argparse.Namespace) -> int:
-    from histodd_bench.data.facts import FACTS
+    from histodd_bench.data.facts import where
     from histodd_bench.data.fetch import REMOTES, fetch, remote_files
     from histodd_bench.progress import Progress
 
     if args.name not in REMOTES:
-        print(f"{args.name} is not downloaded by this program. Where to get it: {FACTS[args.name].where}")
+        print(f"{args.name} is not downloaded by this program. Where to get it: {where(args.name)}")
         return 0
     if args.out is None:
         raise UsageError("say where to download to with --out")

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -133,6 +134,18 @@ def test_32_bit_pixels_are_refused(tmp_path):
         read_rgb(path)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.uint32])
+def test_colour_of_another_pixel_type_is_said_to_be_that(tmp_path, kind):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8, 3), dtype=kind), photometric="rgb")
+    with pytest.raises(
+        UnreadableImage, match=rf"pixels of type {np.dtype(kind)} x 3 cannot be read: save it as RGB with 8"
+    ):
+        read_rgb(tmp_path / "a.tif")
+    os.truncate(tmp_path / "a.tif", 20)
+    with pytest.raises(UnreadableImage, match="not an image"):
+        read_rgb(tmp_path / "a.tif")
+
+
 @given(cut=st.integers(0, 1500), flip=st.integers(0, 5000))
 def test_damaged_bytes_never_raise_anything_else(tmp_path_factory, cut, flip):
     data = bytearray(png_bytes())
@@ -195,13 +208,24 @@ def test_files_keep_their_order_and_bad_ones_are_returned(tmp_path, workers):
         entries.append(FileEntry(path, i % 2, f"g{i // 4}", (("x", i),)))
     advanced = []
     with StoreWriter(tmp_path / "store", (4, 4), ("a", "b")) as writer:
-        bad, sides = write_files(writer, entries, image_size=4, fit="crop", workers=workers, advance=advanced.append)
+        bad, sides, hashes = write_files(
+            writer, entries, image_size=4, fit="crop", workers=workers, advance=advanced.append
+        )
         ps = writer.finish()
     good = [i for i in range(40) if i % 10 != 3]
     assert ps.images[:, 0, 0, 0].tolist() == good
     assert [error.path.name for error in bad] == ["03.png", "13.png", "23.png", "33.png"]
     assert [ps.group_names[g] for g in ps.groups] == [f"g{i // 4}" for i in good]
     assert sum(advanced) == 40 and sides == {6: 36}
+    assert [path.name for _, path in hashes] == [f"{i:02d}.png" for i in good] and len(set(dict(hashes))) == 36
+
+
+def test_fewer_patches_are_held_at_once_where_they_are_large(tmp_path):
+    entries = [FileEntry(saved(tmp_path / f"{i}.png", Image.new("RGB", (4, 4))), 0, "g") for i in range(12)]
+    advanced = []
+    with StoreWriter(tmp_path / "store", (2048, 2048), ("a", "b")) as writer:
+        write_files(writer, entries, image_size=2048, fit="crop", advance=advanced.append)
+    assert max(advanced) * 3 * 2048**2 <= 1 << 27 and sum(advanced) == 12
 
 
 def test_enlarged_patches_are_counted_by_size():

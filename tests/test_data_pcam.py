@@ -91,7 +91,8 @@ def test_an_empty_test_set_is_refused(tmp_path: Path) -> None:
 def test_pcam_is_described_and_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pcam(tmp_path / "p", {"train": 6, "test": 4})
     assert cli.main(["data", "info", "pcam", "--root", str(tmp_path / "p")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["patches", "6", "4"]
+    rows = [line.rsplit(None, 2) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert rows == [["  patches", "6", "4"], ["  patches of normal", "3", "2"], ["  patches of tumour", "3", "2"]]
     assert (
         cli.main(
             ["data", "prepare", "pcam", "--root", str(tmp_path / "p"), "--out", str(tmp_path / "o"), "--workers", "1"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from slide_makers import asap, corners, project, qupath, slide
 
+from histodd_bench import cli
 from histodd_bench.data import load_dataset, slides, store
 from histodd_bench.data.jobs import SlideJob, Tiling
 from histodd_bench.data.prepared import prepare
@@ -210,6 +211,10 @@ def test_a_slide_that_is_not_there_and_one_listed_twice_are_said(tmp_path: Path)
             "patient p has slides in train and in test",
         ),
         (["slide,label,patient", "s0.tif,x,p", "s1.tif,y,p"], "one patient only"),
+        (
+            ["slide,label", "s0.tif,Tumour", "s1.tif,tumour"],
+            "the classes 'Tumour' and 'tumour' differ only in case: write them alike",
+        ),
         (["slide,label,mpp", "s0.tif,x,352.9", "s1.tif,y,"], "line 2: mpp must be microns per pixel"),
         (["slide,label,mpp", "s0.tif,x,wide", "s1.tif,y,"], "line 2: mpp must be microns per pixel"),
     ],
@@ -269,6 +274,28 @@ def test_slides_without_patients_are_a_warning(tmp_path: Path) -> None:
     found = slides.source(tmp_path, 0)
     assert found.notes[0].startswith("WARNING: slides.csv names no patients: every slide counts as its own patient")
     assert [job.patient for job in found.jobs] == [job.slide for job in found.jobs]
+
+
+def test_outlines_and_labels_that_differ_only_in_case(annotated: Path) -> None:
+    qupath(annotated / "a.geojson", ("TUMOUR", [corners((0, 0, 512, 512))]))
+    table(annotated, "slide,label,annotation", "a.tif,,a.geojson", "b.tif,tumour,", "z.tif,normal,")
+    with pytest.raises(HistoddError, match=r"slides.csv: the classes 'TUMOUR' and 'tumour' differ only in case"):
+        slides.source(annotated, 0)
+
+
+def test_a_class_that_the_test_slides_lack_is_a_warning(
+    annotated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide(annotated / "y.tif", seed=9)
+    table(annotated, "slide,label,split", "a.tif,tumour,train", "b.tif,normal,train", "z.tif,normal,test", "y.tif,normal,test")
+    arguments = ["data", "prepare", "slides", "--root", str(annotated), "--out", str(tmp_path / "o"), "--workers", "1"]
+    warning = "WARNING: the test set has no patch of class tumour: balanced accuracy covers only the class that is there"
+    assert cli.main([*arguments, "--image-size", "16", "--dry-run"]) == 0
+    assert capsys.readouterr().err.count(warning) == 1, "before hours of work"
+    assert cli.main([*arguments, "--image-size", "16"]) == 0
+    assert capsys.readouterr().out.count(f"note: {warning}, and AUC is left out\n") == 1
+    data = load_dataset("slides", root=annotated, image_size=16, cache=tmp_path / "c", progress=Progress.silent())
+    assert sum(warning in note for note in data.notes) == 1
 
 
 def test_no_table_or_no_text(tmp_path: Path) -> None:

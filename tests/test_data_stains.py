@@ -113,6 +113,24 @@ def test_the_command_writes_a_table_and_a_picture(
         assert picture.width > 9 * 24
 
 
+def test_where_nothing_can_be_fitted_there_is_a_dash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HISTODD_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        for name, value in (("a", 200), ("b", 243)):
+            (tmp_path / "grey" / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), (value + i,) * 3).save(tmp_path / "grey" / split / name / f"{i}.png")
+    arguments = ["--root", str(tmp_path / "grey"), "--out", str(tmp_path / "r"), "--image-size", "32", "--workers", "1"]
+    assert cli.main(["data", "stains", "imagefolder", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "normalisation" in line] == [
+        ["all", "slides", "-", "-", "before", "normalisation"], ["all", "slides", "-", "-", "after", "normalisation"]
+    ]  # fmt: skip
+    assert "nan" not in "".join(lines)
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(
     drawn: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 from histodd_bench.data import camelyon16, demo, idc, imagefolder, pathmnist, pcam, slides, tcga_idh, unitopatho
 from histodd_bench.data.extract import load_source
 from histodd_bench.data.jobs import Source
+from histodd_bench.data.listing import Counts
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.data.prepared import is_prepared, load_prepared
 from histodd_bench.data.split import split_groups
 from histodd_bench.data.store import Dataset
 from histodd_bench.errors import UsageError, unknown_name
+from histodd_bench.option_types import MOST_PIXELS
 
 __all__ = ["DATASETS", "Dataset", "DatasetEntry", "PatchSet", "load_dataset", "split_groups"]
 
@@ -24,14 +26,14 @@ class DatasetEntry:
 
     Attributes:
         source: lists the slides under a root with a split drawn by a seed; for datasets that are extracted slide by slide.
-        count: patches per class of each split, where the files say it themselves.
+        count: patches per class under a root, with a split drawn by a seed, where that takes no reading of patches.
     """
 
     load: Callable[..., Dataset]
     description: str
     needs_root: bool
     source: Callable[[Path, int], Source] | None = None
-    count: Callable[[Path], dict[str, list[int]]] | None = None
+    count: Callable[[Path, int], Counts] | None = None
 
 
 def _slide_wise(source: Callable[[Path, int], Source], description: str) -> DatasetEntry:
@@ -69,7 +71,10 @@ DATASETS: dict[str, DatasetEntry] = {
         pathmnist.load, "colorectal tissue, 9 classes, from pathmnist*.npz", True, count=pathmnist.count
     ),
     "imagefolder": DatasetEntry(
-        imagefolder.load, "your own patches: train/<class>/*, test/<class>/*, optional groups.csv", True
+        imagefolder.load,
+        "your own patches: train/<class>/*, test/<class>/*, optional groups.csv",
+        True,
+        count=imagefolder.count,
     ),
     "slides": _slide_wise(
         slides.source, "your own slides: slides.csv with slide, label, optional split and annotation"
@@ -92,13 +97,13 @@ def load_dataset(
         progress: a :class:`histodd_bench.progress.Progress`.
 
     Raises:
-        UsageError: unknown name, missing or absent root, image size below 1.
+        UsageError: unknown name, missing or absent root, image size below 1 or above 4096.
         HistoddError: the files cannot be used; the message names the folder or file.
     """
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
-    if image_size < 1:
-        raise UsageError(f"--image-size must be at least 1, got {image_size}")
+    if not 1 <= image_size <= MOST_PIXELS:
+        raise UsageError(f"--image-size must be 1 to {MOST_PIXELS} pixels, got {image_size}")
     entry = DATASETS[name]
     options: dict[str, Any] = {}
     if root is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from histodd_bench.data.images import resize
+from histodd_bench.data.images import at_once, resize
 from histodd_bench.data.store import StoreWriter
 from histodd_bench.errors import HistoddError
 
@@ -33,7 +33,7 @@ def write_arrays(
     """
     start, size = 0, writer.image_size
     sides: Counter[int] = Counter()
-    for batch in batches:
+    for batch in (part for whole in batches for part in _pieces(whole, at_once(size[0]))):
         part = slice(start, start + len(batch))
         images = np.stack([resize(image, *size) for image in batch]).transpose(0, 3, 1, 2)
         writer.append(
@@ -45,6 +45,10 @@ def write_arrays(
     if start != len(labels):
         raise HistoddError(f"{start} images for {len(labels)} labels: the file is incomplete, fetch it again")
     return sides
+
+
+def _pieces(batch: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    return (batch[start : start + most] for start in range(0, len(batch), most))
 
 
 def zip_array(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

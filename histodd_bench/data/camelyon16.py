@@ -56,7 +56,7 @@ def source(root: Path, seed: int) -> Source:
     notes += [f"{name} is left out: {REMOVED[name]}" for name in removed]
     annotations = {path.stem.lower(): path for path in files if path.suffix.lower() == ".xml"}
     tumours = _test_tumours(root, files, any(name.startswith("test") for name in slides))
-    centres = _centres(root, files)
+    centres = _centres(files)
     jobs, unannotated, unknown = [], [], []
     for name in sorted(slides.keys() - REMOVED.keys()):
         split = "test" if name.startswith("test") else "train"
@@ -116,7 +116,7 @@ def _test_tumours(root: Path, files: list[Path], needed: bool) -> dict[str, bool
     return found
 
 
-def _centres(root: Path, files: list[Path]) -> dict[str, int]:
+def _centres(files: list[Path]) -> dict[str, int]:
     path = _find(files, "metadata.csv")
     if path is None:
         return {}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from histodd_bench.data import store
-from histodd_bench.data.images import enlarged
+from histodd_bench.data.images import at_once, enlarged
 from histodd_bench.data.jobs import Job, Report, Source, Tiling
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.data.template import write_template
@@ -25,7 +25,6 @@ from histodd_bench.errors import HistoddError
 from histodd_bench.files import digest, locked, writing
 
 SHARDS = "slides"
-_CHUNK = 512  # patches copied at once
 _NAMED = 5
 
 
@@ -243,8 +242,8 @@ def _write_split(
             for job in jobs:
                 shard, columns = store.load(shards[job.slide]), store.load_columns(shards[job.slide])
                 order = np.flatnonzero(columns["labels"] == label)
-                for start in range(0, len(order), _CHUNK):
-                    index = order[start : start + _CHUNK]
+                for start in range(0, len(order), at_once(image_size)):
+                    index = order[start : start + at_once(image_size)]
                     n = len(index)
                     more: dict[str, Any] = {name: columns[name][index] for name in ("x", "y", "level", "mpp")}
                     if source.centres:

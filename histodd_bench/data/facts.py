@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
-SUPPLEMENTARY_TABLE1 = {  # training and test patches, training and test slides, digit for digit
-    "tcga-idh": (17_686, 2_310, 1_191, 149),
-    "camelyon16": (1_066_988, 567_510, 270, 129),
-    "unitopatho-dg": (5_631, 2_277, 160, 70),
-    "unitopatho-pt": (6_889, 2_647, 208, 88),
-}
+from histodd_bench import paper
+
+
+def _supplementary(dataset: str) -> tuple[int, int, int, int]:
+    columns = ("Training patches", "Test patches", "Training slides", "Test slides")
+    a, b, c, d = (int(paper.SUPP1[dataset, None, column].mean.replace(",", "")) for column in columns)
+    return a, b, c, d
+
+
+SUPPLEMENTARY_TABLE1 = {dataset: _supplementary(dataset) for dataset in paper.DATASETS}
+"""Training and test patches, training and test slides, as numbers."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,8 @@ FACTS = {
     "imagefolder": Facts("Your own patches: train/<class>/* and test/<class>/*", (), "your own files"),
     "slides": Facts("Your own slides: a folder with slides.csv", (), "your own files"),
 }
+
+
+def where(name: str) -> str:
+    """Where the files of a dataset are."""
+    return FACTS[name].where if name in FACTS else "no published place is known here"

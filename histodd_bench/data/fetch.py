@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from histodd_bench.data import pcam
-from histodd_bench.data.facts import FACTS
+from histodd_bench.data.facts import where
 from histodd_bench.errors import HistoddError
 from histodd_bench.files import PARTIAL, writing
 
@@ -72,7 +72,7 @@ def _camelyon_files(read: Callable[[str], str]) -> list[Remote]:
         if match and _CAMELYON_FILES.fullmatch(match[2]):
             found.append(Remote(match[2], f"{_CAMELYON}/{match[2]}", f"md5:{match[1].lower()}"))
     if not found:
-        raise HistoddError(f"{_CAMELYON}/checksums.md5 lists no slides: {FACTS['camelyon16'].where}")
+        raise HistoddError(f"{_CAMELYON}/checksums.md5 lists no slides: {where('camelyon16')}")
     return found
 
 
@@ -140,7 +140,7 @@ def remote_files(name: str) -> list[Remote]:
         HistoddError: it is not openly downloadable; the message says where to get it.
     """
     if name not in REMOTES:
-        raise HistoddError(f"{name} cannot be downloaded by a program: {FACTS[name].where}")
+        raise HistoddError(f"{name} cannot be downloaded by a program: {where(name)}")
     _pooch()  # says what to install before a server is asked
     return REMOTES[name](_read_text)
 

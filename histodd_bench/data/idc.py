@@ -18,7 +18,7 @@ from histodd_bench.errors import HistoddError
 CLASSES = ("non-IDC", "IDC")
 TEST_FRACTION = 0.3
 _VERSION = 1
-_NAME = re.compile(r"(?P<patient>.+)_idx5_x(?P<x>\d{1,9})_y(?P<y>\d{1,9})_class(?P<label>[01])\.png", re.IGNORECASE)
+NAME = re.compile(r"(?P<patient>.+)_idx5_x(?P<x>\d{1,9})_y(?P<y>\d{1,9})_class(?P<label>[01])\.png", re.IGNORECASE)
 
 
 def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:
@@ -36,7 +36,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
         (folder, label, path) for folder in patients for label in (0, 1) for path in image_files(folder / str(label))
     ]
     for folder, label, path in files:
-        match = _NAME.fullmatch(path.name)
+        match = NAME.fullmatch(path.name)
         if match is None:
             skipped.append((path, "name is not <patient>_idx5_x<X>_y<Y>_class<C>.png"))
         elif match["patient"] != folder.name or int(match["label"]) != label:

@@ -5,21 +5,28 @@ patient a file comes from. Without it every file is its own group. Without ``tes
 Images that are not square are cropped to their central square, then resized.
 """
 
+import re
 import unicodedata
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from histodd_bench.data import idc
 from histodd_bench.data.csv_tables import read_table
 from histodd_bench.data.images import FileEntry, Splits, printable, split_files, without, write_stores
-from histodd_bench.data.listing import fingerprint, image_files, subfolders
+from histodd_bench.data.listing import Counts, fingerprint, image_files, subfolders
 from histodd_bench.data.prepared import is_prepared
 from histodd_bench.data.slides import some
 from histodd_bench.data.store import Dataset, cached_dataset
 from histodd_bench.errors import HistoddError
 
 TEST_FRACTION = 0.3
-_VERSION = 1
+_VERSION = 2
+_SPLIT_WORDS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation"))
+_FEW = 20  # folders of the same names that may well be the classes
 # Endings of what is left in folders of images: not even opened.
 _NO_IMAGES = frozenset(
     ".csv .db .doc .docx .geojson .gz .h5 .htm .html .ini .ipynb .json .lnk .lock .log .md .npy .npz .ods .pdf .pkl .pt .py .rtf "
@@ -30,13 +37,96 @@ _WRITTEN = frozenset((".lock", ".collecting.lock", "plan.json", "card.json", "st
 _RESULTS = (".lock", "plan.json", "records", "sets", "sheets", "slides", "stains", "work")
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """What lies under a root: files by side, where ``test`` is empty unless there is a test folder."""
+
+    classes: list[str]
+    listed: Splits
+    has_test: bool
+    centre_names: tuple[str, ...]
+    no_images: list[tuple[Path, str]]
+    notes: list[str]
+
+    def splits(self, unreadable: Collection[Path], seed: int) -> Splits:
+        """Training and test files, drawn by the seed where there is no test folder."""
+        readable = {split: without(entries, unreadable) for split, entries in self.listed.items()}
+        return readable if self.has_test else split_files(readable["train"], TEST_FRACTION, seed)
+
+    def split_notes(self, sides: Splits, seed: int) -> list[str]:
+        """What there is to say of a split."""
+        on = {split: {e.group for e in entries} for split, entries in sides.items()}
+        notes = []
+        if not self.has_test:
+            count = len(on["train"]) + len(on["test"])
+            notes.append(
+                f"no test/ folder: {len(on['test'])} of {count} groups are the test set, drawn with seed {seed}"
+            )
+        shared = on["train"] & on["test"]
+        if shared:
+            notes.append(
+                f"WARNING: {len(shared)} groups of groups.csv are in train/ and in test/ (e.g. {printable(min(shared))}): "
+                "the test set is not independent of the training set"
+            )
+        return notes
+
+
 def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, progress: Any) -> Dataset:
     """Read the images under ``root`` at ``image_size`` px; classes are the sorted names of the class folders.
 
     Raises:
-        HistoddError: no class folders, one class only, a class without images, a test class that training lacks, or a
-            ``groups.csv`` that cannot be used.
+        HistoddError: no class folders, or folders that are no classes; one class only, a class without images, a test class
+            that training lacks, or a ``groups.csv`` that cannot be used.
     """
+    found = _list(root)
+
+    def splits(unreadable: Collection[Path]) -> Splits:
+        return found.splits(unreadable, seed)
+
+    def build(folder: Path) -> list[str]:
+        written, told = write_stores(
+            folder,
+            splits,
+            root=root,
+            classes=found.classes,
+            centre_names=found.centre_names,
+            image_size=image_size,
+            fit="crop",
+            workers=workers,
+            skipped=found.no_images,
+            progress=progress,
+        )
+        return [*found.notes, *found.split_notes(written, seed), *told]
+
+    files = [entry.path for side in ("train", "test") for entry in found.listed[side]]
+    files += [root / "groups.csv", *(path for path, _ in found.no_images)]
+    key = {
+        "adapter": f"imagefolder {_VERSION}",
+        "classes": found.classes,
+        "notes": [*found.notes, *found.split_notes(splits(()), seed)],
+        "files": fingerprint(files, root),
+        "size": image_size,
+        "seed": None if found.has_test else seed,
+    }
+    return cached_dataset(cache, "imagefolder", key, False, build, progress)
+
+
+def count(root: Path, seed: int) -> Counts:
+    """Images per class of each split, of which none is opened.
+
+    Raises:
+        HistoddError: as :func:`load`.
+    """
+    found = _list(root)
+    sides = found.splits((), seed)
+    train, test = (
+        np.bincount([e.label for e in sides[s]], minlength=len(found.classes)).tolist() for s in ("train", "test")
+    )
+    unread = "images are counted by name: 'data prepare' says which can be read"
+    return Counts(found.classes, train, test, (*found.notes, *found.split_notes(sides, seed), unread))
+
+
+def _list(root: Path) -> _Listing:
     by_name = {folder.name.lower(): folder for folder in subfolders(root)}
     notes: list[str] = []
     if "test" in by_name and "train" not in by_name:
@@ -57,6 +147,7 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     no_images: list[tuple[Path, str]] = []
     written: list[Path] = []
     classes, train = _class_files(train_root, no_images, written)
+    notes += _layout(train_root, classes, train, "train" in by_name, (root / "groups.csv").exists())
     test: list[tuple[Path, int]] = []
     if test_root is not None:
         test_classes, test = _class_files(test_root, no_images, written)
@@ -88,54 +179,14 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
             f"{root} has no test/ folder and one group only ({groups[0]}): a split needs at least two groups"
         )
 
-    def splits(unreadable: Collection[Path]) -> Splits:
-        readable = {split: without(entries, unreadable) for split, entries in listed.items()}
-        return readable if test_root is not None else split_files(readable["train"], TEST_FRACTION, seed)
-
-    def split_notes(sides: Splits) -> list[str]:
-        on = {split: {e.group for e in entries} for split, entries in sides.items()}
-        notes = []
-        if test_root is None:
-            count = len(on["train"]) + len(on["test"])
-            notes.append(
-                f"no test/ folder: {len(on['test'])} of {count} groups are the test set, drawn with seed {seed}"
-            )
-        shared = on["train"] & on["test"]
-        if shared:
-            notes.append(
-                f"WARNING: {len(shared)} groups of groups.csv are in train/ and in test/ (e.g. {printable(min(shared))}): "
-                "the test set is not independent of the training set"
-            )
-        absent = sorted(set(range(len(classes))) - {e.label for e in sides["test"]})
-        if absent:
-            notes.append(f"the test set has no image of class {', '.join(classes[label] for label in absent)}")
-        return notes
-
-    def build(folder: Path) -> list[str]:
-        written, left_out = write_stores(
-            folder,
-            splits,
-            root=root,
-            classes=classes,
-            centre_names=tuple(name or "unknown" for name in centre_names) if has_centres else (),
-            image_size=image_size,
-            fit="crop",
-            workers=workers,
-            skipped=no_images,
-            progress=progress,
-        )
-        return [*notes, *split_notes(written), *left_out]
-
-    files = [path for path, _ in train + test] + [root / "groups.csv"] + [path for path, _ in no_images]
-    key = {
-        "adapter": f"imagefolder {_VERSION}",
-        "classes": classes,
-        "notes": [*notes, *split_notes(splits(()))],
-        "files": fingerprint(files, root),
-        "size": image_size,
-        "seed": seed if test_root is None else None,
-    }
-    return cached_dataset(cache, "imagefolder", key, False, build, progress)
+    return _Listing(
+        classes,
+        listed,
+        test_root is not None,
+        tuple(name or "unknown" for name in centre_names) if has_centres else (),
+        no_images,
+        notes,
+    )
 
 
 def _class_files(
@@ -173,6 +224,46 @@ def _class_files(
     if len(classes) == 1:
         raise HistoddError(f"one class only ({classes[0]}) in {printable(folder)}: a classifier needs at least two")
     return classes, found
+
+
+def _layout(
+    folder: Path, classes: list[str], found: list[tuple[Path, int]], within_train: bool, grouped: bool
+) -> list[str]:
+    """A warning where class folders may be slides or patients, which ``grouped`` data say themselves.
+
+    Raises:
+        HistoddError: they are parts of a split, or the patients of the IDC patches.
+    """
+    inside: list[set[str]] = [set() for _ in classes]  # per class the folders that images lie in; "" is its own
+    for path, label in found:
+        parts = path.relative_to(folder).parts
+        inside[label].add(parts[1] if len(parts) > 2 else "")
+    names = set().union(*inside)
+    nested = "" not in names and len(names) > 1
+    alike = nested and all(here == names for here in inside)
+    shown = some(classes)
+    sides = [name for name in classes if _SPLIT_WORDS & set(re.split("[^a-z]+", name.lower()))]
+    if not within_train and (len(sides) > 1 or (sides and alike)):
+        raise HistoddError(
+            f"{printable(folder)}: {shown} look like the parts of a split and not like classes: rename them to train and test "
+            "(if they are classes, move all of them into a folder train)"
+        )
+    if any(_of_patient(path, classes[label]) for path, label in found):
+        raise HistoddError(
+            f"{printable(folder)}: {shown} are patients of the IDC patches and not classes: use the data set idc, not imagefolder"
+        )
+    if nested and not grouped and len(names) <= _FEW and (alike or len(names) < len(classes)):
+        return [
+            f"WARNING: the {len(classes)} class folders ({shown}) hold only the folders {some(sorted(names))}: if those are the "
+            "classes, and the outer ones slides or patients, move the images to <class>/<patient>/ and list them in groups.csv"
+        ]
+    return []
+
+
+def _of_patient(path: Path, name: str) -> bool:
+    """Whether a file is an IDC patch in the folders of its patient, ``<patient>/<0|1>/``, and that is the class's name."""
+    named = idc.NAME.fullmatch(path.name)
+    return named is not None and named["patient"] == name == path.parent.parent.name and path.parent.name in ("0", "1")
 
 
 def _is_ours(folder: Path, names: list[str]) -> bool:

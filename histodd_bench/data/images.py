@@ -1,5 +1,6 @@
 """Image files to patches: every common pixel format becomes RGB uint8; what cannot be read is named, never fatal."""
 
+import hashlib
 import os
 import threading
 import warnings
@@ -19,7 +20,8 @@ from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import StoreWriter
 from histodd_bench.errors import HistoddError
 
-_CHUNK = 512  # files decoded before they are written together
+_AT_ONCE, _AT_ONCE_BYTES = 512, 1 << 27  # patches held before they are written together: no more than either
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF files begin
 
 Fit = Literal["crop", "pad"]
 
@@ -35,6 +37,11 @@ class UnreadableImage(HistoddError):
 def printable(path: Path | str) -> str:
     """A path that can be printed whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def at_once(image_size: int) -> int:
+    """How many patches to hold before they are written: a number of bytes, not of patches."""
+    return min(_AT_ONCE, max(1, _AT_ONCE_BYTES // (3 * image_size**2)))
 
 
 _LARGE = 1 << 24  # px; larger images are shrunk as a whole, not as floating-point numbers
@@ -85,11 +92,27 @@ def read_rgb(path: Path, *, max_pixels: int | None = None, at_least: int | None 
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
-        reason = "empty file" if os.path.getsize(path) == 0 else "not an image"
-        raise UnreadableImage(path, reason) from None
+        raise UnreadableImage(path, _unknown(path)) from None
     except Exception as error:  # decoders raise nearly anything on damaged input
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnreadableImage(path, error.strerror if isinstance(error, OSError) and error.strerror else text) from None
+
+
+def _unknown(path: Path) -> str:
+    """What to say of a file that Pillow does not know."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head in _TIFF:
+        import tifffile
+
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                page = tiff.pages.first
+                kind = f"{page.dtype} x {page.samplesperpixel}"
+            return f"pixels of type {kind} cannot be read: save it as RGB with 8 bits"
+        except Exception:  # tifffile raises many types for what is damaged
+            pass
+    return "not an image" if head else "empty file"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -198,7 +221,7 @@ def write_files(
     fit: Fit,
     workers: int = 1,
     advance: Callable[[int], object] = lambda n: None,
-) -> tuple[list[UnreadableImage], Counter[int]]:
+) -> tuple[list[UnreadableImage], Counter[int], list[tuple[bytes, Path]]]:
     """Read image files into a store, in order.
 
     Args:
@@ -210,31 +233,37 @@ def write_files(
         advance: called with the number of files just done.
 
     Returns:
-        What could not be read, and how many of the others had how many pixels a side when they had been made square.
+        What could not be read; of the others, how many had how many pixels a side when they had been made square, and for
+        each a hash of the pixels that are stored, with its file.
     """
 
-    def read(entry: FileEntry) -> tuple[np.ndarray, int] | UnreadableImage:
+    def read(entry: FileEntry) -> tuple[np.ndarray, int, bytes] | UnreadableImage:
         try:
             pixels = square(read_rgb(entry.path), fit)
-            return resize(pixels, image_size, image_size).transpose(2, 0, 1), len(pixels)
+            patch = np.ascontiguousarray(resize(pixels, image_size, image_size))
+            digest = hashlib.blake2b(patch.reshape(-1).data, digest_size=16).digest()
+            return patch.transpose(2, 0, 1), len(pixels), digest
         except UnreadableImage as error:
             return error
 
     skipped: list[UnreadableImage] = []
     sides: Counter[int] = Counter()
+    hashes: list[tuple[bytes, Path]] = []
+    step = at_once(image_size)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for start in range(0, len(entries), _CHUNK):
-            chunk = entries[start : start + _CHUNK]
+        for start in range(0, len(entries), step):
+            chunk = entries[start : start + step]
             results = list(pool.map(read, chunk))
             skipped += [result for result in results if isinstance(result, UnreadableImage)]
             good = [(e, r) for e, r in zip(chunk, results, strict=True) if not isinstance(r, UnreadableImage)]
             if good:
                 columns = {name: [dict(e.columns)[name] for e, _ in good] for name, _ in good[0][0].columns}
-                images = np.stack([patch for _, (patch, _) in good])
+                images = np.stack([patch for _, (patch, *_) in good])
                 writer.append(images, [e.label for e, _ in good], [e.group for e, _ in good], **columns)
-                sides.update(side for _, (_, side) in good)
+                sides.update(side for _, (_, side, _) in good)
+                hashes += [(pixels, e.path) for e, (*_, pixels) in good]
             advance(len(chunk))
-    return skipped, sides
+    return skipped, sides, hashes
 
 
 def write_stores(
@@ -250,7 +279,7 @@ def write_stores(
     skipped: Sequence[tuple[Path, str]] = (),
     progress: Any,
 ) -> tuple[Splits, list[str]]:
-    """Write one store per split under ``folder`` and say what was left out or enlarged.
+    """Write one store per split under ``folder`` and say what was left out or enlarged, or is on both sides.
 
     Whether a file can be read shows when it is read. What cannot must not move the others from one side to the other: where
     the splits come out otherwise without it, they are written a second time.
@@ -260,14 +289,15 @@ def write_stores(
         skipped: files the adapter left out already, with the reason; counted with the unreadable ones.
 
     Returns:
-        The files in each store, and notes: at most two sentences.
+        The files in each store, and notes: at most three sentences.
 
     Raises:
         HistoddError: a class that the listing has is left without a single readable training image, or no test image is.
     """
     bad: dict[Path, str] = {}
     chosen = splits(bad)
-    total = len(skipped) + sum(map(len, chosen.values()))
+    files = [entry for entries in chosen.values() for entry in entries]
+    total = len(skipped) + len(files)
 
     def skips() -> str:
         return _skips([*skipped, *bad.items()], total, root)
@@ -275,15 +305,23 @@ def write_stores(
     def require_classes(*parts: list[FileEntry]) -> None:
         there = {entry.label for entries in parts for entry in entries}
         for label, name in enumerate(classes):
-            if label not in there:
+            if label in there:
+                continue
+            if any(entry.label == label and entry.path in bad for entry in files):
                 raise HistoddError(f"{printable(root)}: class {name!r} has no readable training image; {skips()}")
+            n = len({entry.group for entry in files if entry.label == label})
+            raise HistoddError(
+                f"{printable(root)}: class {name!r} is in {n} group{'s' * (n > 1)} only, which the split put into the test "
+                "set: no training image is left; add slides or patients of that class, or a test/ folder"
+            )
 
     while True:
         sides: Counter[int] = Counter()
+        hashes: dict[str, list[tuple[bytes, Path]]] = {}
         with progress.task(f"reading {root.resolve().name} at {image_size} px", sum(map(len, chosen.values()))) as task:
             for split, entries in chosen.items():
                 with StoreWriter(folder / split, (image_size, image_size), classes, centre_names) as writer:
-                    found, of = write_files(
+                    found, of, hashes[split] = write_files(
                         writer, entries, image_size=image_size, fit=fit, workers=workers, advance=task.advance
                     )
                     writer.finish()
@@ -303,7 +341,22 @@ def write_stores(
     require_classes(written["train"])
     if not written["test"]:
         raise HistoddError(f"{printable(root)}: there is no readable test image; {skips()}")
-    return written, ([skips()] if skipped or bad else []) + enlarged(sides, sides.total(), image_size)
+    notes = [skips()] if skipped or bad else []
+    notes += enlarged(sides, sides.total(), image_size)
+    return written, notes + _on_both_sides(hashes["train"], hashes["test"], root)
+
+
+def _on_both_sides(train: Sequence[tuple[bytes, Path]], test: Sequence[tuple[bytes, Path]], root: Path) -> list[str]:
+    """A warning where test patches are training patches too; empty where none is."""
+    known = dict(reversed(train))
+    copies = [(path, known[pixels]) for pixels, path in test if pixels in known]
+    if not copies:
+        return []
+    copy, original = (printable(path.relative_to(root)) for path in copies[0])
+    return [
+        f"WARNING: {len(copies)} of {len(test)} test images are pixel for pixel in the training set (e.g. {copy} is {original}): "
+        "the test set is not independent of the training set"
+    ]
 
 
 def _skips(skipped: Sequence[tuple[Path, str]], total: int, root: Path) -> str:

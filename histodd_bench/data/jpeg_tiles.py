@@ -27,12 +27,10 @@ class JpegTiles:
     """The tiles of one level.
 
     Args:
-        path: the slide.
         page: a directory of the file with JPEG tiles of three bytes per pixel.
     """
 
-    def __init__(self, path: Path, page: tifffile.TiffPage):
-        self._path = path
+    def __init__(self, page: tifffile.TiffPage):
         self.width, self.height = page.imagewidth, page.imagelength
         self._side = page.tilewidth, page.tilelength
         self._across = -(-self.width // page.tilewidth)
@@ -151,7 +149,7 @@ def _levels(path: Path, handle: openslide.OpenSlide) -> dict[int, JpegTiles]:
             for level, size in enumerate(handle.level_dimensions):
                 same = [p for p in pages if (p.imagewidth, p.imagelength) == size]
                 if len(same) == 1:
-                    found[level] = JpegTiles(path, same[0])
+                    found[level] = JpegTiles(same[0])
             return found
     except Exception:  # tifffile raises many types for what it does not understand; OpenSlide reads the slide then
         return {}

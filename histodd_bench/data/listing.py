@@ -2,10 +2,21 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from histodd_bench.errors import HistoddError
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Patches per class of each split, as the files say without being read, and what else there is to say."""
+
+    classes: Sequence[str]
+    train: list[int]
+    test: list[int]
+    notes: tuple[str, ...] = ()
 
 
 def subfolders(folder: Path) -> list[Path]:

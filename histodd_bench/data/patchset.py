@@ -123,7 +123,7 @@ class PatchSet:
             for column in (self.labels, self.groups, self.centres):
                 digest.update(b"-" if column is None else column.contiguous().numpy().tobytes())
             for start in range(0, len(self), _CHUNK):
-                digest.update(self.images[start : start + _CHUNK].cpu().numpy().tobytes())
+                digest.update(self.images[start : start + _CHUNK].cpu().flatten().numpy().data)
             object.__setattr__(self, "_known_fingerprint", digest.hexdigest())
         assert self._known_fingerprint is not None
         return self._known_fingerprint

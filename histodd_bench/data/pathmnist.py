@@ -15,7 +15,7 @@ import numpy as np
 
 from histodd_bench.data.arrays import read_zip_array, write_arrays, zip_array
 from histodd_bench.data.images import enlarged
-from histodd_bench.data.listing import fingerprint
+from histodd_bench.data.listing import Counts, fingerprint
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.errors import HistoddError
 
@@ -75,10 +75,11 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     return cached_dataset(cache, "pathmnist", key, False, build, progress)
 
 
-def count(root: Path) -> dict[str, list[int]]:
-    """Patches per class of each split."""
+def count(root: Path, seed: int) -> Counts:
+    """Patches per class of each split; ``seed`` is not used."""
     with _opened(_choose(root, min(SIDES))) as archive:
-        return {s: np.bincount(_labels(archive, s), minlength=len(CLASSES)).tolist() for s in ("train", "test")}
+        train, test = (np.bincount(_labels(archive, s), minlength=len(CLASSES)).tolist() for s in ("train", "test"))
+    return Counts(CLASSES, train, test)
 
 
 def _choose(root: Path, image_size: int) -> Path:

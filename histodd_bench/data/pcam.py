@@ -14,7 +14,7 @@ from histodd_bench.data.arrays import require_file, write_arrays
 from histodd_bench.data.clam import hdf5
 from histodd_bench.data.csv_tables import read_table
 from histodd_bench.data.images import enlarged
-from histodd_bench.data.listing import fingerprint
+from histodd_bench.data.listing import Counts, fingerprint
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset
 from histodd_bench.errors import HistoddError
 
@@ -75,9 +75,10 @@ def load(*, root: Path, image_size: int, seed: int, cache: Path, workers: int, p
     return cached_dataset(cache, "pcam", key, False, build, progress)
 
 
-def count(root: Path) -> dict[str, list[int]]:
-    """Patches per class of each split."""
-    return {s: np.bincount(_labels(root, s), minlength=len(CLASSES)).tolist() for s in ("train", "test")}
+def count(root: Path, seed: int) -> Counts:
+    """Patches per class of each split; ``seed`` is not used."""
+    train, test = (np.bincount(_labels(root, s), minlength=len(CLASSES)).tolist() for s in ("train", "test"))
+    return Counts(CLASSES, train, test)
 
 
 def _file(root: Path, split: str, what: str) -> Path:

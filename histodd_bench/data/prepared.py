@@ -16,7 +16,7 @@ import numpy as np
 
 from histodd_bench.data import store
 from histodd_bench.data.extract import SHARDS, Outcome, extract, merge, require_sides
-from histodd_bench.data.images import enlarged, resize
+from histodd_bench.data.images import at_once, enlarged, resize
 from histodd_bench.data.jobs import Job, Source, Tiling
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.data.store import Dataset, StoreWriter, cached_dataset, read_dataset, write_dataset
@@ -25,7 +25,6 @@ from histodd_bench.errors import UsageError
 from histodd_bench.files import canonical, locked, move_folder, write_text, writing
 
 _FILE = "dataset.json"
-_CHUNK = 512
 
 
 def is_prepared(folder: Path) -> bool:
@@ -182,8 +181,9 @@ def _resized(patches: PatchSet, size: int, target: Path, workers: int, advance: 
 
     with StoreWriter(target, (size, size), patches.classes, patches.centre_names) as writer:
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for start in range(0, len(patches), _CHUNK):
-                part = slice(start, start + _CHUNK)
+            step = at_once(max(size, *patches.image_size))
+            for start in range(0, len(patches), step):
+                part = slice(start, start + step)
                 images = np.stack(list(pool.map(shrink, patches.images[part].numpy())))
                 groups = [patches.group_names[g] for g in patches.groups[part].tolist()]
                 more = {} if patches.centres is None else {"centres": patches.centres[part].tolist()}

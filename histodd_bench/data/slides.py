@@ -35,7 +35,7 @@ def source(root: Path, seed: int) -> Source:
     """Slides listed in ``slides.csv`` under ``root``.
 
     Raises:
-        HistoddError: a table that cannot be used; the message names the line.
+        HistoddError: a table that cannot be used; the message names the line or the value.
     """
     path = root / FILE
     rows = read_table(path, ("slide",), optional=OPTIONAL)
@@ -59,6 +59,12 @@ def source(root: Path, seed: int) -> Source:
         raise HistoddError(
             f"{left} has one class only ({', '.join(classes) or 'none'}): a classifier needs at least two"
         )
+    spelled: dict[str, str] = {}
+    for name in classes:
+        if (other := spelled.setdefault(name.casefold(), name)) != name:
+            raise HistoddError(
+                f"{path}: the classes {other!r} and {name!r} differ only in case: write them alike in the table and its annotations"
+            )
     index = {name: label for label, name in enumerate(classes)}
     centres = (
         tuple(sorted({row.get("centre") or "unknown" for row in found})) if any(r.get("centre") for r in found) else ()

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -270,16 +270,29 @@ def about(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def verify(folder: Path) -> None:
-    """Read a whole store and raise StoreError unless its content is what was written."""
-    ps = load(folder)
-    if replace(ps, _known_fingerprint=None).fingerprint() != ps.fingerprint():
-        raise StoreError(f"{folder} has changed since it was written: delete it to have it rebuilt")
+def absent_classes(split: str, classes: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """A warning where a split, ``train`` or ``test``, has patches, but none of a class; empty where it has."""
+    absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if not absent or len(absent) == len(classes):
+        return []
+    side = f"the {'training' if split == 'train' else 'test'} set has no patch of class {', '.join(absent)}"
+    if split == "train":
+        return [f"WARNING: {side}: no set can be made of it"]
+    if len(classes) - len(absent) == 1:
+        return [f"WARNING: {side}: balanced accuracy covers only the class that is there, and AUC is left out"]
+    return [f"WARNING: {side}: balanced accuracy and AUC cover only the classes that are there"]
 
 
 def write_dataset(folder: Path, notes: Sequence[str], **more: Any) -> None:
-    """Write ``dataset.json``, which makes a folder with the stores ``train`` and ``test`` a dataset; ``more`` are JSON values."""
-    described = {"format": FORMAT, "version": VERSION, "notes": list(notes), **more}
+    """Write ``dataset.json``, which makes a folder with the stores ``train`` and ``test`` a dataset; ``more`` are JSON values.
+
+    Warnings of classes that a split lacks are added to the notes.
+    """
+    told = list(notes)
+    for split in ("train", "test"):
+        patches = load(folder / split)
+        told += absent_classes(split, patches.classes, patches.class_counts())
+    described = {"format": FORMAT, "version": VERSION, "notes": list(dict.fromkeys(told)), **more}
     write_text(folder / "dataset.json", json.dumps(described))
 
 
