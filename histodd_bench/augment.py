@@ -6,12 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from histodd_bench.errors import UsageError
+from histodd_bench.errors import UsageError, unknown_name
 from histodd_bench.ops import stain_augment
 from histodd_bench.stain import MacenkoNormalizer
 from histodd_bench.stain_definitions import StainFit
 
 OPERATIONS = ("stain", "flip", "rotate", "scale")
+
+
+def require_operations(names: tuple[str, ...], kind: str) -> None:
+    """Raise UsageError for a name that is no operation; ``kind`` says where it stands."""
+    for name in names:
+        if name not in OPERATIONS:
+            raise unknown_name(kind, name, OPERATIONS)
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,7 @@ class SiameseAugment(nn.Module):
         normalizer: MacenkoNormalizer | None = None,
     ) -> None:
         super().__init__()
-        for name in operations:
-            if name not in OPERATIONS:
-                raise UsageError(f"unknown augmentation {name!r}: known: {', '.join(OPERATIONS)}")
+        require_operations(operations, "augmentation")
         if not math.isfinite(degrees):
             raise UsageError(f"degrees must be finite, got {degrees}")
         if not 1 <= ratio < math.inf:

@@ -149,7 +149,7 @@ def _tiling(args: argparse.Namespace, default: Any) -> Any:
 
 def _estimate(args: argparse.Namespace, source: Any, tiling: Any, size: int, progress: Any) -> int:
     from histodd_bench.data.extract import estimate
-    from histodd_bench.data.store import absent_classes
+    from histodd_bench.wording import absent_classes
 
     counts, failed = estimate(source, tiling, workers=args.workers, progress=progress)
     each = 3 * size * size + 7 * 8  # pixels and columns
@@ -227,7 +227,7 @@ def _table(title: str, rows: list[tuple[str, int, int]]) -> list[str]:
 
 
 def _count_lines(counts: Any, root: Path) -> list[str]:
-    from histodd_bench.data.store import absent_classes
+    from histodd_bench.wording import absent_classes
 
     classes = zip(counts.classes, counts.train, counts.test, strict=True)
     rows = [("patches", sum(counts.train), sum(counts.test)), *((f"patches of {name}", a, b) for name, a, b in classes)]

@@ -12,7 +12,7 @@ from histodd_bench import bootstrap, paper
 from histodd_bench.methods import all_methods
 from histodd_bench.results import Record, unpack
 from histodd_bench.tables import Table
-from histodd_bench.wording import counted
+from histodd_bench.wording import absent_classes, counted
 
 
 def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame, differences: bool) -> list[str]:
@@ -90,7 +90,7 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
         f"Data: {data['train_patches']} training patches of {data['train_groups']} slides or patients, {data['test_patches']} test "
         f"patches of {data['test_groups']}; classes {', '.join(data['classes'])}."
     )
-    notes += [] if table.kind == "sequence" else missing_classes(records)
+    notes += [] if table.kind == "sequence" else missing_classes(records, "patch")
     notes += data["notes"] if table.kind == "sequence" else [f"{dataset}: {note}" for note in data["notes"]]
     notes += table.remarks
     if any(key[0] == dataset for key in table.paper_archs):
@@ -102,23 +102,19 @@ def notes(table: Table, dataset: str, records: list[Record], part: pd.DataFrame,
     return notes
 
 
-def missing_classes(records: Sequence[Record]) -> list[str]:
-    """A warning about classes that the test set lacks, from the labels that records keep with their predictions.
-
-    Empty where the data set's own notes have it.
-    """
-    if any("the test set has no" in note for note in records[0]["data"]["notes"]):
+def missing_classes(records: Sequence[Record], of: str) -> list[str]:
+    """A warning about classes that the test set lacks, from the labels that records keep with their predictions; empty where
+    the data set's own notes have it. ``of`` is what is labelled: ``patch`` or ``slide``."""
+    if not records:
         return []
+    data = records[0]["data"]
     try:
         packed = {p["zlib_base64"]: p for p in (r["predictions"]["labels"] for r in records)}  # mostly the same in all
         present = {label for p in packed.values() for label in np.unique(unpack(p)).tolist()}
     except (KeyError, ValueError):
         return []
-    lacking = [name for i, name in enumerate(records[0]["data"]["classes"]) if i not in present]
-    if not lacking or not present:
-        return []
-    scores = "balanced accuracy and AUC are" if len(present) > 1 else "there is no AUC, and balanced accuracy is"
-    return [f"WARNING: the test set has nothing of class {', '.join(lacking)}: {scores} over the other classes only."]
+    counts = [int(label in present) for label in range(len(data["classes"]))]
+    return [warning for warning in absent_classes("test", data["classes"], counts, of) if warning not in data["notes"]]
 
 
 def _distilled(method: str) -> bool:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from histodd_bench.augment import OPERATIONS, SiameseAugment
+from histodd_bench.augment import SiameseAugment, require_operations
 from histodd_bench.data.patchset import PatchSet
-from histodd_bench.errors import HistoddError, UsageError, above_zero, at_least, below_one, probability, unknown_name
+from histodd_bench.errors import HistoddError, UsageError, above_zero, at_least, below_one, probability
 from histodd_bench.stain import Preprocessing, fit_affine, fit_set
 
 
@@ -50,9 +50,7 @@ class TrainRecipe:
         above_zero(self.section, lr=self.lr)
         below_one(self.section, momentum=self.momentum)
         probability(self.section, stain_train=self.stain_train)
-        for name in self.augment:
-            if name not in OPERATIONS:
-                raise unknown_name(f"augmentation in {self.section}.augment", name, OPERATIONS)
+        require_operations(self.augment, f"augmentation in {self.section}.augment")
 
     def steps_on(self, patches: int) -> int:
         """Optimiser steps in all on a set of so many patches; an epoch has one for every started batch."""

@@ -9,9 +9,10 @@ from PIL import Image
 
 from histodd_bench import cli
 from histodd_bench.data import load_dataset
-from histodd_bench.data.store import Dataset, absent_classes, read_dataset
+from histodd_bench.data.store import Dataset, read_dataset
 from histodd_bench.errors import HistoddError, UsageError
 from histodd_bench.progress import Progress
+from histodd_bench.wording import absent_classes
 
 
 def fill(folder: Path, count: int = 4, name: str = "{}.png") -> None:

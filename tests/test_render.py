@@ -196,10 +196,10 @@ def test_a_class_without_test_patches_is_warned_of() -> None:
 
     assert notes(("normal", "tumour")) == []
     (warning,) = notes(("normal", "tumour", "other"))
-    assert warning.endswith("nothing of class other: balanced accuracy and AUC are over the other classes only.")
+    assert warning.endswith("no patch of class other: balanced accuracy and AUC cover only the classes that are there")
     one = with_labels(record(0.7), 7, [*range(10)])
     one["predictions"]["labels"] = results.pack(np.zeros(10, np.int16))
-    assert "of class tumour" in (text := "".join(layout.grids(TABLE, [one])[0].notes)) and "there is no AUC" in text
+    assert "of class tumour" in (text := "".join(layout.grids(TABLE, [one])[0].notes)) and "AUC is left out" in text
     assert "WARNING" not in "".join(layout.grids(TABLE, [record(0.7)])[0].notes), "records without labels say nothing"
 
 

@@ -83,7 +83,8 @@ def test_a_worker_does_not_hear_ctrl_c_while_it_starts(capfd: pytest.CaptureFixt
     def press() -> None:
         for _ in range(200):
             for child in multiprocessing.active_children():
-                os.kill(child.pid or 0, signal.SIGINT)
+                if child.pid is not None:
+                    os.kill(child.pid, signal.SIGINT)
             time.sleep(0.005)
 
     pressing = threading.Thread(target=press)

@@ -19,6 +19,7 @@ from PIL import Image
 from histodd_bench.data.split import draw_groups
 from histodd_bench.data.store import StoreWriter
 from histodd_bench.errors import HistoddError
+from histodd_bench.wording import counted
 
 _AT_ONCE, _AT_ONCE_BYTES = 512, 1 << 27  # patches held before they are written together: no more than either
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how TIFF files begin
@@ -311,7 +312,7 @@ def write_stores(
                 raise HistoddError(f"{printable(root)}: class {name!r} has no readable training image; {skips()}")
             n = len({entry.group for entry in files if entry.label == label})
             raise HistoddError(
-                f"{printable(root)}: class {name!r} is in {n} group{'s' * (n > 1)} only, which the split put into the test "
+                f"{printable(root)}: class {name!r} is in {counted(n, 'group')} only, which the split put into the test "
                 "set: no training image is left; add slides or patients of that class, or a test/ folder"
             )
 

@@ -22,6 +22,7 @@ import torch
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.errors import HistoddError
 from histodd_bench.files import PARTIAL, digest, locked, move_folder, write_text, writing
+from histodd_bench.wording import absent_classes
 
 if TYPE_CHECKING:
     from histodd_bench.stain import Preprocessing
@@ -268,19 +269,6 @@ def about(folder: Path) -> dict[str, Any]:
     """What was kept with a store when it was finished."""
     found = _read_json(Path(folder) / "meta.json").get("about", {})
     return found if isinstance(found, dict) else {}
-
-
-def absent_classes(split: str, classes: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """A warning where a split, ``train`` or ``test``, has patches, but none of a class; empty where it has."""
-    absent = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if not absent or len(absent) == len(classes):
-        return []
-    side = f"the {'training' if split == 'train' else 'test'} set has no patch of class {', '.join(absent)}"
-    if split == "train":
-        return [f"WARNING: {side}: no set can be made of it"]
-    if len(classes) - len(absent) == 1:
-        return [f"WARNING: {side}: balanced accuracy covers only the class that is there, and AUC is left out"]
-    return [f"WARNING: {side}: balanced accuracy and AUC cover only the classes that are there"]
 
 
 def write_dataset(folder: Path, notes: Sequence[str], **more: Any) -> None:

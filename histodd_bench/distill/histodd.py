@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment
+from histodd_bench.augment import OPERATIONS, Draw, SiameseAugment, require_operations
 from histodd_bench.baselines.gradmatch import gradient_matched
 from histodd_bench.baselines.random import stratified_draw
 from histodd_bench.data.patchset import PatchSet
 from histodd_bench.distill.networks import augment_model, draw_seed, matched_parameters
-from histodd_bench.errors import HistoddError, above_zero, at_least, below_one, probability, unknown_name
+from histodd_bench.errors import HistoddError, above_zero, at_least, below_one, probability
 from histodd_bench.files import read_state, save_state, write_bytes, write_text
 from histodd_bench.models import ModelPool
 from histodd_bench.ops import gradient_distance
@@ -91,9 +91,7 @@ class HistoDD:
         above_zero(here, image_lr=self.image_lr)
         below_one(here, image_momentum=self.image_momentum, network_momentum=self.network_momentum)
         probability(here, stain_probability=self.stain_probability)
-        for name in self.augment:
-            if name not in OPERATIONS:
-                raise unknown_name("augmentation in histodd.augment", name, OPERATIONS)
+        require_operations(self.augment, "augmentation in histodd.augment")
 
     def __call__(
         self,

@@ -266,7 +266,7 @@ def common_notes(records: Sequence[Record], headings: Mapping[str, str]) -> list
         notes.append(
             f"Never more than a slide has: some class of the slide had fewer patches than asked for {text}; all were kept."
         )
-    return notes + missing_classes(records) + [f"{dataset}: {note}" for note in data["notes"]]
+    return notes + missing_classes(records, "slide") + [f"{dataset}: {note}" for note in data["notes"]]
 
 
 def stain_notes(records: Sequence[Record]) -> list[str]:

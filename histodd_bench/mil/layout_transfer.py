@@ -196,4 +196,6 @@ def _notes(records: Sequence[Record], headings: Mapping[str, str]) -> list[str]:
         f"{a} + {b} {c}" for a, b, c in zip(data["train_slides"], data["test_slides"], data["classes"], strict=True)
     )
     notes.append(f"Slides of {config['target']} (training + test): {slides}; {data['test_patches']} test patches.")
-    return notes + missing_classes(records) + [f"{dataset}: {note}" for note in data["notes"]]
+    for of in ("patch", "slide"):
+        notes += missing_classes([r for r in records if r["config"]["eval"]["at"] == of], of)
+    return notes + [f"{dataset}: {note}" for note in data["notes"]]

@@ -86,10 +86,9 @@ def require_image(image: torch.Tensor) -> None:
 def require_tensor(name: str, value: object) -> None:
     """Raise TypeError for what is not a tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{name} must be a torch tensor, got {type(value).__name__}: for an array of images [N,H,W,3] "
-            "torch.from_numpy(images).permute(0, 3, 1, 2)"
-        )
+        kind = type(value).__name__
+        remedy = ": for images [N,H,W,3] torch.from_numpy(images).permute(0, 3, 1, 2)" if kind == "ndarray" else ""
+        raise TypeError(f"{name} must be a torch tensor, got {kind}{remedy}")
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
